@@ -1,0 +1,1 @@
+"""Who really computes what a message asks for."""

@@ -1,0 +1,1 @@
+"""Models, local training of many devices at once, and evaluation."""

@@ -1,0 +1,1 @@
+"""Messages in virtual time; knows nothing of Flower."""

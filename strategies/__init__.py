@@ -1,0 +1,1 @@
+"""Flower strategies that run in any Flower app; never imports fedsim."""
