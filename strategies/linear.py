@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
-from flwr.serverapp.exception import AggregationError
 
 from strategies.common import stack_of, weighted_mean
 
@@ -86,15 +85,7 @@ class FedTrimmedAvg(flower.FedTrimmedAvg, FedAvg):
     """Coordinate-wise mean without the share `beta` at either end."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
-        """Return the trimmed mean of the models and the weighted mean of the metrics.
-
-        Raises
-        ------
-        AggregationError
-            If `beta` is not in [0, 0.5).
-        """
-        if not 0 <= self.beta < 0.5:
-            raise AggregationError(f"beta is {self.beta}; it must be in [0, 0.5)")
+        """Return the trimmed mean of the models and the weighted mean of the metrics."""
         return _aggregate(self, replies, lambda weights, rows: _trimmed_mean(rows, self.beta))
 
 

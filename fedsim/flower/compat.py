@@ -19,19 +19,15 @@ from logging import Logger, getLogger
 from typing import Any
 
 from flwr.app import DEFAULT_TTL, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import strategy_utils
+from flwr.supercore.run import Run
 
 try:
     from flwr.supercore.task_identity import TaskIdentity
-except ImportError:  # a release whose messages need no identity
+except ImportError:  # releases in which messages need no identity
     TaskIdentity = None  # type: ignore[assignment,misc]
 
-try:
-    from flwr.supercore.run import Run
-except ImportError:  # before 1.40
-    from flwr.common.typing import Run  # type: ignore[no-redef]
-
-from flwr.common.constant import ErrorCode
 
 __all__ = [
     "CLIENT_APP_RAISED",
@@ -86,9 +82,9 @@ def identity() -> Iterator[None]:
 @contextmanager
 def patched_sleep(sleep: Callable[[float], None]) -> Iterator[None]:
     """Let `sample_nodes` wait with `sleep` (virtual seconds) while the context is open."""
-    real = strategy_utils.sleep
-    strategy_utils.sleep = sleep
+    real = vars(strategy_utils)["sleep"]
+    vars(strategy_utils)["sleep"] = sleep
     try:
         yield
     finally:
-        strategy_utils.sleep = real
+        vars(strategy_utils)["sleep"] = real

@@ -55,6 +55,9 @@ class LazyArray(Array):
         Its row.
     """
 
+    stack: torch.Tensor | None
+    row: int | None
+
     def __init__(self, stack: torch.Tensor | NDArray[Any], row: int | None = None) -> None:
         if isinstance(stack, np.ndarray):
             stack = torch.from_numpy(stack)
@@ -84,7 +87,7 @@ class LazyArray(Array):
         """The `.npy` bytes, built when first read."""
         if self.__dict__["_bytes"] is None:
             self.__dict__["_bytes"] = Array(self.numpy()).data
-        return self.__dict__["_bytes"]  # type: ignore[no-any-return]
+        return bytes(self.__dict__["_bytes"])
 
     @data.setter
     def data(self, value: bytes) -> None:
@@ -190,10 +193,10 @@ def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:
     stacks = {}
     for key in records[0]:
         arrays = [record[key] for record in records]
-        common = getattr(arrays[0], "stack", None)
-        if common is not None and all(getattr(a, "stack", None) is common for a in arrays):
-            rows = torch.tensor([getattr(a, "row") for a in arrays], device=common.device)
-            stacks[key] = common.index_select(0, rows)
+        common: torch.Tensor | None = getattr(arrays[0], "stack", None)
+        rows = [a.row for a in arrays if isinstance(a, LazyArray) and a.stack is common]
+        if common is not None and len(rows) == len(arrays):
+            stacks[key] = common.index_select(0, torch.tensor(rows, device=common.device))
         else:
             stacks[key] = torch.stack([_tensor(array) for array in arrays])
     return stacks

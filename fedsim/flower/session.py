@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -70,13 +70,16 @@ class Outcome:
     stopped_by : str or None
         Which stop rule ended the run: ``accuracy``, ``time`` or ``traffic``.
     diverged : str or None
-        At which round, and at which device where one is to blame, the run diverged.
+        What diverged, in words; the round is that of the last line.
+    diverged_device : int or None
+        The device whose training diverged first, where one is to blame.
     """
 
     arrays: ArrayRecord
     rounds: int = 0
     stopped_by: str | None = None
     diverged: str | None = None
+    diverged_device: int | None = None
 
 
 class _Stop(Exception):  # noqa: N818 - it ends a run, it is no error
@@ -265,29 +268,18 @@ class _Books:
     def _close(self, server_round: int, scores: Evaluation, arrays: ArrayRecord | None) -> None:
         traffic = self._grid.take_traffic()
         self._has_batch = False
-        self.outcome.rounds += 1
         self._bytes += traffic.bytes_down + traffic.bytes_up
-        row = self._row(server_round, scores, traffic)
-        self._record(row)
-        self.outcome.diverged = self._divergence(row, traffic, arrays)
-        self.outcome.stopped_by = self._stop_reason(row)
-        if self.outcome.diverged or self.outcome.stopped_by:
-            raise _Stop
-
-    def _row(self, server_round: int, scores: Evaluation, traffic: Traffic) -> RoundRow:
-        loss, accuracy, spread = scores.loss, scores.accuracy, None
+        spread = None
         if self._evaluate is None:
-            loss = _mean(traffic.evaluate, "eval_loss")
-            accuracy = _mean(traffic.evaluate, "eval_accuracy")
-            scored = [m["eval_accuracy"] for _, m in traffic.evaluate if "eval_accuracy" in m]
-            spread = float(np.std(scored)) if scored else None
-        return RoundRow(
+            scores, spread = _of_devices(traffic)
+        train_loss = _mean(traffic.train, "train_loss")
+        row = RoundRow(
             round=server_round,
             virtual_time=self._grid.now,
             wall_time=time.perf_counter() - self._wall,
-            train_loss=_mean(traffic.train, "train_loss"),
-            eval_loss=loss,
-            eval_accuracy=accuracy,
+            train_loss=train_loss,
+            eval_loss=scores.loss,
+            eval_accuracy=scores.accuracy,
             accuracy_std=spread,
             bytes_down=traffic.bytes_down,
             bytes_up=traffic.bytes_up,
@@ -296,22 +288,24 @@ class _Books:
             devices_selected=len(traffic.selected),
             devices_replied=len(traffic.replied),
         )
+        self._record(row)
+        self.outcome.rounds += 1
+        self.outcome.stopped_by = self._stop_reason(row)
+        self._check_divergence((scores.loss, train_loss), traffic, arrays)
+        if self.outcome.diverged or self.outcome.stopped_by:
+            raise _Stop
 
-    def _divergence(
-        self, row: RoundRow, traffic: Traffic, arrays: ArrayRecord | None
-    ) -> str | None:
-        losses = [loss for loss in (row.eval_loss, row.train_loss) if loss is not None]
-        is_finite = arrays is None or _is_finite(arrays)
-        if is_finite and all(math.isfinite(x) and x <= self._limit for x in losses):
-            return None
-        blamed = [
-            device
-            for device, metrics in traffic.train
-            if not math.isfinite(float(metrics.get("train_loss", 0.0)))
-        ]
-        where = f", device {blamed[0]}" if blamed else ""
-        what = "non-finite parameters" if not is_finite else f"loss {max(losses):.3g}"
-        return f"round {row.round}{where}: {what}"
+    def _check_divergence(
+        self, losses: Sequence[float | None], traffic: Traffic, arrays: ArrayRecord | None
+    ) -> None:
+        bad = [x for x in losses if x is not None and not x <= self._limit]
+        if bad:
+            self.outcome.diverged = f"the loss is {bad[0]:.3g}"
+        elif arrays is not None and not _is_finite(arrays):
+            self.outcome.diverged = "the model has parameters that are not finite"
+        if self.outcome.diverged:
+            blamed = (d for d, m in traffic.train if not m.get("train_loss", 0.0) <= self._limit)
+            self.outcome.diverged_device = next(blamed, None)
 
     def _stop_reason(self, row: RoundRow) -> str | None:
         stop = self._stop
@@ -322,6 +316,14 @@ class _Books:
         if stop.traffic is not None and self._bytes >= stop.traffic:
             return "traffic"
         return None
+
+
+def _of_devices(traffic: Traffic) -> tuple[Evaluation, float | None]:
+    """Return the devices' own scores of the model, and the spread of their accuracies."""
+    noted = traffic.evaluate
+    accuracies = [metrics["eval_accuracy"] for _, metrics in noted if "eval_accuracy" in metrics]
+    scores = Evaluation(_mean(noted, "eval_loss"), _mean(noted, "eval_accuracy"))
+    return scores, float(np.std(accuracies)) if accuracies else None
 
 
 def _mean(noted: list[tuple[int, dict[str, float]]], key: str) -> float | None:
