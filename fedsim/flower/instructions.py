@@ -7,7 +7,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from fedsim.errors import PayloadError
+from fedsim.errors import PayloadError, ScenarioError
 from fedsim.learning.trainer import LocalConfig
 
 __all__ = ["Exchange", "WorkPlan", "read_exchange", "round_of"]
@@ -109,13 +109,11 @@ class WorkPlan:
         if not keys:
             return self.defaults
         changes: dict[str, Any] = {_CONFIG_KEYS[key]: value for key, value in keys.items()}
-        if "local_steps" in changes:
-            changes.setdefault("local_epochs", None)
-        elif "local_epochs" in changes:
-            changes["local_steps"] = None
+        if "local_epochs" in changes:
+            changes.setdefault("local_steps", None)
         try:
             return replace(self.defaults, **changes)
-        except (TypeError, ValueError) as error:
+        except (ScenarioError, TypeError, ValueError) as error:
             raise PayloadError(f"an instruction's config asks for {keys}: {error}") from error
 
     def samples(self, message_type: str, config: LocalConfig, device: int) -> float:
@@ -135,7 +133,7 @@ class WorkPlan:
             return float(batch)
         if config.local_steps is not None:
             return float(config.local_steps * batch)
-        return float((config.local_epochs or 0) * size)
+        return float(config.local_epochs * size)
 
 
 _CONFIG_KEYS = {

@@ -83,7 +83,7 @@ class LazyArray(Array):
         return np.array(tensor.cpu().numpy(), copy=True)
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The `.npy` bytes, built when first read."""
         if self.__dict__["_bytes"] is None:
             self.__dict__["_bytes"] = Array(self.numpy()).data
