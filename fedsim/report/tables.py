@@ -17,8 +17,10 @@ from fedsim.results import RunResult, StrategyResult
 
 __all__ = [
     "COLUMNS",
+    "Answer",
     "Cell",
     "Column",
+    "answers",
     "comparison_rows",
     "comparison_table",
     "format_bytes",
@@ -191,6 +193,64 @@ def notes(run: RunResult) -> list[str]:
         elif state == "not run":
             lines.append(f"{name} has not been run.")
     return lines + [f"{problem}; it is left out." for problem in run.problems]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question that a run answers: who is best at something, by which value, against whom."""
+
+    question: str
+    who: str
+    value: str
+    how: str
+
+
+def answers(run: RunResult) -> list[Answer]:
+    """Return what the comparison says, most interesting first; nothing if nobody got a result.
+
+    Diverged strategies answer nothing; unfinished ones do with what they have.
+    """
+    found = []
+    if run.target is not None:
+        goal = f"{format_percent(run.target)} accuracy"
+        found += [
+            _lowest(run, "time_to_target", f"First at {goal}", format_duration, "faster than"),
+            _lowest(run, "bytes_to_target", f"Least traffic to {goal}", format_bytes, "less than"),
+        ]
+        if found == [None, None]:
+            best = _ranked(run, "best_accuracy", -1)
+            closest = f"closest was {best[0][1]} with {format_percent(best[0][0])}" if best else ""
+            found = [Answer(f"First at {goal}", "nobody", "", closest)]
+    final = _ranked(run, "final_accuracy", -1)
+    if final:
+        (value, who), *others = final
+        how = f"next is {others[0][1]} with {format_percent(others[0][0])}" if others else ""
+        found.append(Answer("Most accurate at the end", who, format_percent(value), how))
+    return [answer for answer in found if answer is not None and (answer.how or answer.value)]
+
+
+def _ranked(run: RunResult, key: str, sign: int) -> list[tuple[float, str]]:
+    """Return values and names, best first, the names of equal values joined."""
+    groups: dict[float, list[str]] = {}
+    for name, result in run.strategies.items():
+        value = result.summary.get(key)
+        if value is not None and not result.summary.get("diverged"):
+            groups.setdefault(value, []).append(name)
+    return [(v, " and ".join(groups[v])) for v in sorted(groups, key=lambda v: sign * v)]
+
+
+def _lowest(
+    run: RunResult, key: str, question: str, text: Callable[[Any], str], than: str
+) -> Answer | None:
+    ranked = _ranked(run, key, 1)
+    if not ranked:
+        return None
+    (value, who), *others = ranked
+    if others and value > 0:
+        how = f"{others[0][0] / value:.2f} × {than} {others[0][1]}"
+    else:
+        how = "no other strategy reached it" if len(run.strategies) > 1 and not others else ""
+    return Answer(question, who, text(value), how)
 
 
 def _lost_share(result: StrategyResult) -> float | None:
