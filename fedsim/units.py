@@ -55,6 +55,7 @@ class _Kind:
     units: Mapping[str, Fraction]
     shown: tuple[str, ...]
     base: str
+    usual: str
     unlimited: bool = False
 
 
@@ -76,6 +77,7 @@ _TIME = _Kind(
     ),
     ("d", "h", "min", "s", "ms", "us", "ns"),
     "s",
+    "s",
 )
 _SIZE = _Kind(
     "a number of bytes",
@@ -83,6 +85,7 @@ _SIZE = _Kind(
     MappingProxyType(_scaled(_DECIMAL, "B") | _scaled(_BINARY, "B")),
     ("TB", "TiB", "GB", "GiB", "MB", "MiB", "kB", "KiB", "B"),
     "B",
+    "MB",
 )
 _BANDWIDTH = _Kind(
     "a bandwidth",
@@ -92,6 +95,7 @@ _BANDWIDTH = _Kind(
     ),
     ("Tbit/s", "Gbit/s", "Mbit/s", "kbit/s", "bit/s"),
     "bit/s",
+    "Mbit/s",
     unlimited=True,
 )
 _SPEED = _Kind(
@@ -100,6 +104,7 @@ _SPEED = _Kind(
     MappingProxyType(_scaled(_DECIMAL, "samples/s") | {"sample/s": Fraction(1)}),
     ("samples/s",),
     "samples/s",
+    "samples/s",
 )
 _FLOP_RATE = _Kind(
     "a rate of floating-point operations",
@@ -107,6 +112,7 @@ _FLOP_RATE = _Kind(
     MappingProxyType(_scaled(_DECIMAL, "FLOP/s")),
     ("TFLOP/s", "GFLOP/s", "MFLOP/s", "kFLOP/s", "FLOP/s"),
     "FLOP/s",
+    "GFLOP/s",
 )
 _AMBIGUOUS = re.compile(r"([kKMGT]?)(b|b/s|bps|Bps)", re.ASCII)
 
@@ -119,6 +125,8 @@ def _hint(number: str, unit: str, kind: _Kind) -> str:
             f"write '{number} {prefix}bit/s' for bits or '{number} {prefix}B/s' for bytes; "
             f"'{unit}' is read both ways"
         )
+    if f"{unit}/s" in kind.units:
+        return f"write '{number} {unit}/s'"
     for other in kind.units:
         if unit.casefold() == other.casefold():
             return f"write '{number} {other}' (upper and lower case differ in units)"
@@ -139,10 +147,7 @@ def _parse(value: object, kind: _Kind) -> Fraction | float:
     if not isinstance(value, str):
         if value == 0:
             return Fraction(0)
-        raise ValueError(
-            f"{value!r} has no unit; write {kind.noun} such as '{value} {kind.base}' "
-            f"or {_examples(kind)}"
-        )
+        raise ValueError(f"{value!r} has no unit; write for example '{value} {kind.usual}'")
     if kind.unlimited and value.strip() == "unlimited":
         return math.inf
     match = _QUANTITY.fullmatch(value)
@@ -153,10 +158,7 @@ def _parse(value: object, kind: _Kind) -> Fraction | float:
     if not unit:
         if exact == 0:
             return exact
-        raise ValueError(
-            f"'{value}' has no unit; write {kind.noun} such as '{number} {kind.base}' "
-            f"or {_examples(kind)}"
-        )
+        raise ValueError(f"'{value}' has no unit; write for example '{number} {kind.usual}'")
     if unit not in kind.units:
         raise ValueError(f"'{value}' is not {kind.noun}: {_hint(number, unit, kind)}")
     if exact < 0:
