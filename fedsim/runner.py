@@ -12,7 +12,7 @@ import multiprocessing
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -291,9 +291,7 @@ def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
 
 def _build_trainer(scenario: Scenario, data: FederatedData, device: str) -> Trainer:
     factory, arguments = registry.bind("model", scenario.model.spec())
-    model = build_model(
-        factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments
-    )
+    model = build_model(factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments)
     chunk = scenario.executor.arguments.get("chunk")
     return Trainer(model, data, seed=scenario.seed, chunk=chunk, device=device)
 
@@ -627,9 +625,7 @@ def _save_model(path: Path, arrays: ArrayRecord) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
 
 
-def _write_world(
-    path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]
-) -> None:
+def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
     first = next(iter(simulations.values()))
     data, layout = first.trainer.data, first.trainer.layout
     model = stacked_record(layout.views(first.trainer.initial()[None]), 0)

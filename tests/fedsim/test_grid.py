@@ -45,9 +45,7 @@ def messages(world, nodes, kind="train", ttl=None, config=None, **exchange):
     if exchange:
         records["exchange"] = ConfigRecord(exchange)
     content = RecordDict(records)
-    return [
-        Message(content, dst_node_id=1000 + i, message_type=kind, ttl=ttl) for i in nodes
-    ]
+    return [Message(content, dst_node_id=1000 + i, message_type=kind, ttl=ttl) for i in nodes]
 
 
 def sources(replies):
@@ -96,9 +94,7 @@ def test_bar_3_time_is_right_without_contention():
 def test_bar_3_a_shared_server_link_is_shared_max_min():
     """Links of 1, 2 and 8 Mbit/s behind 6 Mbit/s: shares 1, 2, 3; then 1, 5; then 1."""
     bits = 8 * MODEL_BYTES
-    world = make_world(
-        3, down=[1e6, 2e6, 8e6], up=math.inf, speed=1e12, server=6e6, latency=0.0
-    )
+    world = make_world(3, down=[1e6, 2e6, 8e6], up=math.inf, speed=1e12, server=6e6, latency=0.0)
     world.grid.send_and_receive(messages(world, range(3), kind="query", payload_bytes=0)[:0])
     content = messages(world, range(3), payload_bytes=0)
     world.grid.send_and_receive(content)
@@ -241,9 +237,7 @@ def test_bar_4_the_privacy_wrapper_still_aggregates_under_loss():
 
 def test_bar_4_a_straggler_sees_the_round_number_of_its_own_round():
     log = []
-    world = make_world(
-        3, latency=[0, 0, 2.5], speed=1e12, executor="client_app", app=echo_app(log)
-    )
+    world = make_world(3, latency=[0, 0, 2.5], speed=1e12, executor="client_app", app=echo_app(log))
     strategy = FedProx(fraction_evaluate=0.0, proximal_mu=0.1)
     start(strategy, world.grid, world.initial(), rounds=4, seed=1, timeout=1.0)
     world.grid.advance(10)

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, MetricRecord, RecordDict, Message
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Bulyan, FedAvg, QFedAvg, strategy_utils
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -44,7 +44,7 @@ def test_bar_2_two_runs_with_one_seed_are_identical():
     (first, one), (second, two) = run(), run()
     for key in one.arrays:
         assert np.array_equal(one.arrays[key].numpy(), two.arrays[key].numpy())
-    fields = [name for name in type(first.grid.trips[0]).__slots__]
+    fields = list(type(first.grid.trips[0]).__slots__)
     trips = [[[getattr(t, f) for f in fields] for t in w.grid.trips] for w in (first, second)]
     assert repr(trips[0]) == repr(trips[1])
     other, _ = run(seed=10)

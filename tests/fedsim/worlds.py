@@ -100,9 +100,7 @@ def make_world(
     if executor == "vectorised":
         made = VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
     else:
-        made = ClientAppExecutor(
-            app or device_app(trainer, plan), n_devices, node_base=NODE_BASE
-        )
+        made = ClientAppExecutor(app or device_app(trainer, plan), n_devices, node_base=NODE_BASE)
     grid = NetworkGrid(env, network, fleet, made, plan, keep_trips=True, **grid_options)
     return World(grid, trainer)
 
