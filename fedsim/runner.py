@@ -12,7 +12,7 @@ import multiprocessing
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +37,7 @@ from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan
-from fedsim.flower.records import stack_records, stacked_record
+from fedsim.flower.records import array_bytes, stack_records, stacked_record
 from fedsim.flower.session import Evaluation, Outcome, StopRule, check_node_counts, start
 from fedsim.learning.config import LocalConfig
 from fedsim.learning.models import build_model

@@ -10,7 +10,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from fedsim.errors import PayloadError
 from fedsim.flower.instructions import WorkPlan, round_of
 from fedsim.flower.records import payload_bytes, stack_records, stacked_record
-from fedsim.learning.trainer import LocalConfig, Trainer
+from fedsim.learning.config import LocalConfig
+from fedsim.learning.trainer import Trainer
 
 __all__ = ["VectorisedExecutor", "train_or_evaluate"]
 
@@ -146,6 +147,7 @@ def _train(
 ) -> list[RecordDict]:
     rounds = np.array([round_of(message) for message in batch], np.int64)
     result = trainer.train(base, rows, who, rounds, config)
+    assert result.params is not None
     stacks = trainer.layout.views(result.params)
     name = "gradients" if config.mode == "gradient" else "arrays"
     samples = trainer.data.size[who]

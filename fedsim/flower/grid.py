@@ -32,7 +32,7 @@ from fedsim.flower.records import (
     snapshot,
     template_of,
 )
-from fedsim.learning.trainer import LocalConfig
+from fedsim.learning.config import LocalConfig
 from fedsim.network import Network
 from fedsim.network.exchange import Trip, serve
 

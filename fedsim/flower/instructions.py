@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedsim.errors import PayloadError, ScenarioError
-from fedsim.learning.trainer import LocalConfig
+from fedsim.learning.config import LocalConfig
 
 __all__ = ["Exchange", "WorkPlan", "read_exchange", "round_of"]
 

@@ -255,9 +255,12 @@ class _Books:
             self._close(server_round, scores, arrays)
         elif scores.loss is not None and math.isfinite(scores.loss):
             self._limit = _DIVERGED_FACTOR * max(1.0, scores.loss)
-        metrics = {"eval_loss": scores.loss, "eval_accuracy": scores.accuracy}
-        known = {key: value for key, value in metrics.items() if value is not None}
-        return MetricRecord(known) if known else None
+        metrics = MetricRecord()
+        if scores.loss is not None:
+            metrics["eval_loss"] = scores.loss
+        if scores.accuracy is not None:
+            metrics["eval_accuracy"] = scores.accuracy
+        return metrics if metrics else None
 
     def close_without_evaluation(self) -> None:
         """Close the line of the last train batch, for a `start` that never evaluates."""

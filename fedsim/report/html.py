@@ -30,7 +30,6 @@ from fedsim.report.tables import (
     format_rate,
     format_significant,
     notes,
-    state_of,
 )
 from fedsim.results import RunResult, load_run
 
