@@ -486,7 +486,7 @@ def _is_plain(value: object) -> bool:
 
 
 def check(
-    kind: str, spec: object, path: tuple[str | int, ...] = ()
+    kind: str, spec: object, path: tuple[str | int, ...] = (), *, beside: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Check one part of a scenario, a name or a mapping with `kind` and arguments.
 
@@ -498,6 +498,8 @@ def check(
         What the scenario says.
     path : tuple
         Where it says so.
+    beside : iterable of str
+        Keys that may stand beside the arguments and are checked elsewhere, to be suggested.
 
     Returns
     -------
@@ -537,7 +539,7 @@ def check(
     try:
         arguments = model.model_validate_json(json.dumps(rest))
     except ValidationError as error:
-        problems += problems_of(error, path, lambda _: tuple(known))
+        problems += problems_of(error, path, lambda _: (*known, *beside))
         return {"kind": name} | given, problems
     unwritable = {
         f"argument_{index}"
@@ -608,6 +610,9 @@ def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Itera
             near = nearest(value, valid) if isinstance(value, str) else None
             meant = f"; did you mean '{near}'?" if near else ""
             return f"{shown(value)} should be {context['expected']}{meant}"
+        case "union_tag_invalid" if isinstance(value, Mapping):
+            said = shown(value["kind"]) if "kind" in value else "missing"
+            return f"'kind' is {said}; one of: lognormal, uniform, choice"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{shown(value)} should be a mapping (key: value)"
         case _:

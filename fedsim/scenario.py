@@ -293,7 +293,7 @@ class Topology(Spec):
 
     kind: str = "star"
     """The shape: `star` puts one server in the middle."""
-    bandwidth: _Rates = math.inf
+    bandwidth: _Rates = Field(default=math.inf, json_schema_extra={"default": "unlimited"})
     """Rate of each device's link, per direction: one value, or how values are spread."""
     latency: _Durations = 0.0
     """One-way delay of each device's link."""
@@ -301,7 +301,7 @@ class Topology(Spec):
     """Rate from device to server where it differs from `bandwidth` (star only)."""
     downlink: _Rates | None = None
     """Rate from server to device where it differs from `bandwidth` (star only)."""
-    server_bandwidth: _Rate = math.inf
+    server_bandwidth: _Rate = Field(default=math.inf, json_schema_extra={"default": "unlimited"})
     """Rate of the server's own link, shared by all devices, per direction (star only)."""
 
 
@@ -395,11 +395,11 @@ class Scenario(_Section):
     links: Spec = Spec(kind="constant")
     """How the devices' links change with time."""
     network: NetworkOptions = NetworkOptions()
-    """How messages fare."""
+    """Loss of messages, what happens when a link goes down, what a message weighs."""
     round_timeout: Annotated[Duration, Field(gt=0)] | None = None
     """Virtual time after which a round goes on without the devices that have not replied."""
     evaluation: Evaluation = Evaluation()
-    """When and on what the model is scored."""
+    """How often and on what the model is scored, and the accuracy aimed at."""
     executor: Spec = Spec(kind="vectorised")
     """Who computes; results agree, speed differs."""
     record: Record = Record()
@@ -505,7 +505,8 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         spec = holder.get(path[-1], _default(path))
         own = _topology_keys(spec) if kind == "topology" else {}
         rest = {k: v for k, v in spec.items() if k not in own} if own else spec
-        checked, found = registry.check(kind, rest, path)
+        beside = Topology.model_fields if kind == "topology" else ()
+        checked, found = registry.check(kind, rest, path, beside=beside)
         holder[path[-1]] = checked | own if checked else spec
         problems += found
     return filled, problems
@@ -670,6 +671,8 @@ def _check_strategy(
         ]
     filled = _fill_from_world(given, own_world)
     checked, found = registry.check("strategy", filled, path)
+    if isinstance(entry, str):
+        found = [Problem(path if p.path == (*path, "kind") else p.path, p.message) for p in found]
     problems += found
     if world is not None and not found:
         problems += _too_few_devices(path, checked, given, world)
@@ -816,6 +819,7 @@ def _override(document: Document, override: str) -> None:
             inside = {"kind": inside}
         if inside is None:
             inside = {}
+            document.origin[path] = option
         if not isinstance(inside, dict):
             where = ".".join(map(str, path))
             raise ScenarioError(f"{option}: {where} is {registry.shown(inside)}, not a mapping")

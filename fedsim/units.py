@@ -184,7 +184,7 @@ def _decimal(value: Fraction) -> str | None:
 
 
 def _format(value: float, kind: _Kind) -> str:
-    """Return the shortest text that parses back to exactly `value`; larger units win ties."""
+    """Return the shortest text that parses back to exactly `value`, from 1 upwards if possible."""
     if value == math.inf and kind.unlimited:
         return "unlimited"
     if not math.isfinite(value) or value < 0:
@@ -192,12 +192,12 @@ def _format(value: float, kind: _Kind) -> str:
     exact = Fraction(value if isinstance(value, int) else repr(float(value)))
     if exact == 0:
         return f"0 {kind.base}"
-    texts = (
-        (f"{number} {unit}", number)
+    texts = [
+        (exact < kind.units[unit], len(number), f"{number} {unit}")
         for unit in kind.shown
         if (number := _decimal(exact / kind.units[unit])) is not None
-    )
-    return min(texts, key=lambda text: len(text[1]))[0]
+    ]
+    return min(texts, key=lambda text: text[:2])[-1]
 
 
 def parse_time(value: object) -> float:

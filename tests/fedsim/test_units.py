@@ -89,6 +89,8 @@ def test_wrong_quantities_say_what_to_write(parse, value, said):
         (units.format_time(0.005), "5 ms"),
         (units.format_time(2e-5), "20 us"),
         (units.format_time(0.0), "0 s"),
+        (units.format_time(0.1), "100 ms"),
+        (units.format_time(1.5), "1.5 s"),
         (units.format_time(100.0), "100 s"),
         (units.format_size(2**30), "1 GiB"),
         (units.format_size(650), "650 B"),
