@@ -2,32 +2,23 @@
 
 `build` connects one strategy with its world, nothing started; `run` does that for every strategy
 of a scenario and writes the records.
-
-Decision: torch computes with one thread. Small models are faster that way, and results must not
-depend on how many strategies run side by side; processes (``jobs``) use the other cores.
 """
 
 import logging
 import multiprocessing
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import simpy
-import torch
-import yaml
-from flwr.app import ArrayRecord, ConfigRecord
-from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from fedsim import registry
 from fedsim.data.datasets import hold_out
@@ -38,11 +29,13 @@ from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
-from fedsim.flower.instructions import WorkPlan
-from fedsim.flower.records import array_bytes, stack_records, stacked_record
-from fedsim.flower.session import Evaluation, Outcome, StopRule, check_node_counts, start
+from fedsim.flower.instructions import WorkPlan, training_config
+from fedsim.flower.records import array_bytes
+from fedsim.flower.server import initial_arrays, save_arrays, score
+from fedsim.flower.session import Outcome, StopRule, check_strategy, start
 from fedsim.learning.config import LocalConfig
 from fedsim.learning.models import build_model
+from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
 from fedsim.network import Network, star_network
 from fedsim.recorder import (
@@ -56,7 +49,7 @@ from fedsim.recorder import (
 )
 from fedsim.report.html import write_report
 from fedsim.results import RunResult, StrategyResult, load_run, strategy_result
-from fedsim.scenario import Scenario, draw
+from fedsim.scenario import Scenario, draw, load_scenario
 from fedsim.streams import stream
 
 __all__ = ["Progress", "RunError", "Simulation", "build", "run"]
@@ -111,6 +104,7 @@ class Simulation:
         As this strategy sees it, its overrides applied.
     name : str
         The strategy's name.
+    strategy : flwr.serverapp.strategy.Strategy
     """
 
     scenario: Scenario
@@ -121,38 +115,21 @@ class Simulation:
     trainer: Trainer
     executor: Executor
     grid: NetworkGrid
-    strategy: Strategy
-
-    def initial_arrays(self) -> ArrayRecord:
-        """Return the model that every strategy starts from."""
-        layout = self.trainer.layout
-        return stacked_record(layout.views(self.trainer.initial()[None]), 0)
-
-    def evaluate(self, arrays: ArrayRecord) -> Evaluation:
-        """Return the scores of a model on the common set that the scenario names."""
-        data = self.trainer.data
-        x, y = data.x_test, data.y_test
-        if self.scenario.evaluation.on == "validation":
-            assert data.x_validation is not None
-            assert data.y_validation is not None
-            x, y = data.x_validation, data.y_validation
-        model = self.trainer.layout.flatten(stack_records([arrays]))
-        loss, accuracy = self.trainer.evaluate(model, x, y)
-        return Evaluation(float(loss[0]), None if np.isnan(accuracy[0]) else float(accuracy[0]))
+    strategy: Any
 
     def run(self, record: Callable[[RoundRow], None] = lambda row: None) -> Outcome:
         """Run the strategy to its end, handing over each line as it is closed."""
         scenario = self.scenario
-        stop = scenario.stop
+        stop, on = scenario.stop, scenario.evaluation.on
         return start(
             self.strategy,
             self.grid,
-            self.initial_arrays(),
+            initial_arrays(self.trainer),
             rounds=scenario.rounds,
             seed=scenario.seed,
             timeout=scenario.round_timeout,
-            train_config=_train_config(scenario),
-            evaluate=None if scenario.evaluation.on == "devices" else self.evaluate,
+            train_config=training_config(_local_config(scenario)),
+            evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
             evaluate_every=scenario.evaluation.every,
             record=record,
             stop=StopRule(stop.accuracy, stop.time, stop.traffic) if stop else None,
@@ -217,14 +194,9 @@ def build(
     )
     with quiet_flower():
         made = registry.build("strategy", world.strategies[strategy].spec())
-    if not isinstance(made, Strategy):
-        raise ScenarioError(
-            f"strategies.{strategy}.kind: {world.strategies[strategy].kind!r} makes a "
-            f"{type(made).__name__}, not a Flower Strategy"
-        )
     try:
-        check_node_counts(made, len(fleet))
-    except NoNodesError as error:
+        check_strategy(made, len(fleet))
+    except (NoNodesError, TypeError) as error:
         raise ScenarioError(f"strategies.{strategy}: {error}") from error
     return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
 
@@ -323,20 +295,6 @@ def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Exe
     return ClientAppExecutor(app, scenario.data.devices, node_base=NODE_BASE)
 
 
-def _train_config(scenario: Scenario) -> ConfigRecord | None:
-    """Return what a user's own app needs to know; fedsim's own knows the scenario."""
-    if scenario.executor.arguments.get("app") is None:
-        return None
-    training = scenario.training
-    known = {
-        "learning-rate": training.learning_rate,
-        "batch-size": training.batch_size,
-        "local-epochs": training.local_epochs,
-        "local-steps": training.local_steps,
-    }
-    return ConfigRecord({key: value for key, value in known.items() if value is not None})
-
-
 # --- running --------------------------------------------------------------------------------------
 
 
@@ -387,7 +345,7 @@ def run(
         raise ScenarioError(f"jobs: {jobs} is not at least 1")
     out = None if out is None else Path(out)
     names = list(scenario.strategies)
-    with _one_thread():
+    with one_thread():
         simulations = {
             name: build(scenario, name, device=device, data_dir=data_dir) for name in names
         }
@@ -454,7 +412,7 @@ class _Runs:
             seed=self._scenario.seed,
             strategies=self._ordered(),
             versions=_versions(),
-            scenario=_resolved_text(self._scenario),
+            scenario=self._scenario.to_yaml(_versions()),
         )
 
 
@@ -498,7 +456,7 @@ def _run_one(
             diverged_device=outcome.diverged_device,
         )
         if recorder.directory is not None:
-            _save_model(recorder.directory / "model.safetensors", outcome.arrays)
+            save_arrays(recorder.directory / "model.safetensors", outcome.arrays)
         last = recorder.rows[-1] if recorder.rows else None
         tell(last, "diverged" if outcome.diverged else "done", outcome.diverged or "")
     return strategy_result(recorder, summary), ""
@@ -541,19 +499,9 @@ def _work(
 ) -> tuple[StrategyResult | None, str]:
     """Run one strategy in a process of its own."""
     scenario, out, device, data_dir = settings
-    with _one_thread():
+    with one_thread():
         simulation = build(scenario, name, device=device, data_dir=data_dir)
         return _run_one(simulation, out, queue.put)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -563,7 +511,7 @@ def _prepare(
     scenario: Scenario, out: Path, *, resume: bool, force: bool
 ) -> dict[str, StrategyResult]:
     """Make `out` ready; return the strategies that a resumed run keeps."""
-    text = _resolved_text(scenario)
+    text = scenario.to_yaml(_versions())
     finished: dict[str, StrategyResult] = {}
     if out.exists() and not out.is_dir():
         raise ScenarioError(f"--out: {out} is not a directory")
@@ -588,8 +536,7 @@ def _prepare(
 def _finished(scenario: Scenario, out: Path) -> dict[str, StrategyResult]:
     """Return the complete strategies of an earlier run of the same scenario."""
     earlier = load_run(out)
-    before = yaml.safe_load(earlier.scenario) if earlier.scenario else {}
-    before.pop("versions", None)
+    before = load_scenario(out / "scenario.yaml").resolved()
     if before != scenario.resolved():
         changed = _first_difference(before, scenario.resolved())
         raise ScenarioError(
@@ -619,10 +566,6 @@ def _remove_run(out: Path) -> None:
             path.unlink()
 
 
-def _resolved_text(scenario: Scenario) -> str:
-    return scenario.to_yaml(_versions())
-
-
 @lru_cache
 def _versions() -> dict[str, str]:
     from fedsim import __version__
@@ -632,15 +575,9 @@ def _versions() -> dict[str, str]:
     return {"fedsim": __version__, "python": platform.python_version()} | found
 
 
-def _save_model(path: Path, arrays: ArrayRecord) -> None:
-    tensors = {key: torch.from_numpy(array.numpy()) for key, array in arrays.items()}
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-
-
 def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
     first = next(iter(simulations.values()))
     data, layout = first.trainer.data, first.trainer.layout
-    model = stacked_record(layout.views(first.trainer.initial()[None]), 0)
     target = scenario.evaluation.target or (scenario.stop.accuracy if scenario.stop else None)
     write_world(
         path,
@@ -656,7 +593,7 @@ def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simul
             test_samples=len(data.y_test),
             model=_in_words(scenario.model.spec()),
             parameters=layout.size,
-            model_bytes=sum(array_bytes(array) for array in model.values()),
+            model_bytes=sum(map(array_bytes, initial_arrays(first.trainer).values())),
             samples=data.size,
             label_counts=data.label_counts() if data.n_classes else None,
             speed=first.fleet.speed,

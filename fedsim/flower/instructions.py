@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedsim.errors import PayloadError, ScenarioError
 from fedsim.learning.config import LocalConfig
 
-__all__ = ["Exchange", "WorkPlan", "read_exchange", "round_of"]
+__all__ = ["Exchange", "WorkPlan", "read_exchange", "round_of", "training_config"]
 
 _EVALUATION_SHARE = 1 / 3  # a forward pass costs a third of a training step
 _EXCHANGE = "exchange"
@@ -74,6 +74,16 @@ def round_of(message: Message) -> int:
         if isinstance(record, ConfigRecord) and isinstance(record.get("server-round"), int):
             return int(record["server-round"])  # type: ignore[arg-type]
     return int(message.metadata.message_id)
+
+
+def training_config(config: LocalConfig) -> ConfigRecord:
+    """Return the local work of a scenario as an app reads it: Flower's keys are kebab-case."""
+    record = ConfigRecord({"learning-rate": config.learning_rate, "batch-size": config.batch_size})
+    if config.local_steps is None:
+        record["local-epochs"] = config.local_epochs
+    else:
+        record["local-steps"] = config.local_steps
+    return record
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from fedsim.flower.grid import NetworkGrid, Traffic
 from fedsim.recorder import RoundRow
 from fedsim.streams import digest
 
-__all__ = ["Evaluation", "Outcome", "StopRule", "check_node_counts", "session", "start"]
+__all__ = ["Evaluation", "Outcome", "StopRule", "check_strategy", "session", "start"]
 
 _DIVERGED_FACTOR = 1000.0
 """A loss this many times the initial one (or 1, if that is more) is divergence."""
@@ -126,14 +126,19 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
             random.setstate(state[0])
 
 
-def check_node_counts(strategy: Strategy, n_devices: int) -> None:
-    """Refuse a strategy, or one it wraps, that waits for more nodes than there are.
+def check_strategy(strategy: object, n_devices: int) -> None:
+    """Refuse what is no strategy, and one that waits for more nodes than there are.
 
     Raises
     ------
     NoNodesError
-        Names the argument, its value and the number of devices.
+        Names the argument (of the strategy or one that it wraps), its value and the number of
+        devices.
+    TypeError
+        If `strategy` is no Flower strategy.
     """
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"this makes a {type(strategy).__name__}, not a Flower Strategy")
     inner: object = strategy
     while inner is not None:
         for name in ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"):
@@ -191,7 +196,7 @@ def start(
     Outcome
         With the model just evaluated, where a stop rule or divergence ended the run.
     """
-    check_node_counts(strategy, len(grid.fleet))
+    check_strategy(strategy, len(grid.fleet))
     books = _Books(grid, rounds, evaluate, evaluate_every, record, stop or StopRule(), initial)
     grid.on_train_push = books.close_without_evaluation
     with session(grid, seed, verbose=verbose):
