@@ -88,8 +88,9 @@ class Trainer:
     module : nn.Module
         The model. It is copied and never changed.
     data : FederatedData or StreamedData
-    loss : str, Loss or callable
-        A name of `losses.LOSSES` or a function `(outputs, y) -> Tensor (n,)`.
+    loss : str, Loss or callable, optional
+        A name of `losses.LOSSES` or a function `(outputs, y) -> Tensor (n,)`; default: what the
+        model was made for (`models`), else cross-entropy or, without classes, the squared error.
     seed : int
         Of the sample order and of all other draws.
     chunk : int, optional
@@ -114,7 +115,7 @@ class Trainer:
         module: nn.Module,
         data: DeviceData,
         *,
-        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None = None,
         seed: int,
         chunk: int | None = None,
         engine: Engine = "auto",
@@ -124,12 +125,13 @@ class Trainer:
         if chunk is not None and chunk < 1:
             raise ScenarioError(f"chunk: {chunk} is not at least 1")
         self.data, self.seed, self.chunk, self.engine = data, seed, chunk, engine
+        if loss is None:
+            usual = "cross_entropy" if data.n_classes else "squared_error"
+            loss = str(getattr(module, "task_loss", usual))
         self.stack = ModelStack(module, data, loss_of(loss), torch_device(device), precision)
         self._kernel = self._choose_kernel()
         self._is_proven = not isinstance(self._kernel, VmapKernel)
-        self._has_flat_norm = any(
-            isinstance(m, nn.BatchNorm1d) and m.track_running_stats for m in module.modules()
-        )
+        self._has_flat_norm = any(isinstance(m, nn.BatchNorm1d) for m in module.modules())
         self._resident: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -271,7 +273,7 @@ class Trainer:
         for name, matrix in (("control", terms.control), ("center", terms.center)):
             if matrix is not None and matrix.shape != (k, p):
                 raise ScenarioError(
-                    f"{name} of shape {tuple(matrix.shape)} does not fit {k} devices and {p} numbers"
+                    f"{name} of shape {tuple(matrix.shape)} does not fit {k} devices, {p} numbers"
                 )
         devices, rounds = np.asarray(devices, np.int64), np.asarray(rounds, np.int64)
         x, y, start = self._pack(devices)
@@ -425,6 +427,7 @@ class Trainer:
         with _own_generator(self.stack.device):
             for i in range(len(rows)):
                 matrix[i], losses[i] = self._train_one(work, rows[i : i + 1])
+        self.stack.release()
         return matrix, losses
 
     def _train_one(self, work: _Work, one: IntArray) -> tuple[Tensor, float]:
