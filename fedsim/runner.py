@@ -26,6 +26,7 @@ import torch
 import yaml
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from fedsim import registry
@@ -35,6 +36,7 @@ from fedsim.devices import DeviceFleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
+from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.records import array_bytes, stack_records, stacked_record
@@ -61,6 +63,7 @@ __all__ = ["Progress", "RunError", "Simulation", "build", "run"]
 
 _log = logging.getLogger(__name__)
 
+FloatArray = NDArray[np.float64]
 State = Literal["running", "done", "diverged", "failed"]
 
 
@@ -212,7 +215,8 @@ def build(
         accounting=world.network.accounting,
         free_evaluation=world.evaluation.cost == "free",
     )
-    made = registry.build("strategy", world.strategies[strategy].spec())
+    with quiet_flower():
+        made = registry.build("strategy", world.strategies[strategy].spec())
     if not isinstance(made, Strategy):
         raise ScenarioError(
             f"strategies.{strategy}.kind: {world.strategies[strategy].kind!r} makes a "
@@ -267,23 +271,32 @@ def _build_fleet(scenario: Scenario) -> DeviceFleet:
     return DeviceFleet(speed.sample(n_devices, seed), availability.start(n_devices, seed))
 
 
-def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
+def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return uplink and downlink (bit/s) and one-way latency (s) of each device of a star."""
     topology, n_devices, seed = scenario.topology, scenario.data.devices, scenario.seed
+    up = topology.bandwidth if topology.uplink is None else topology.uplink
+    down = topology.bandwidth if topology.downlink is None else topology.downlink
+    return (
+        draw(up, n_devices, stream(seed, "uplink")),
+        draw(down, n_devices, stream(seed, "downlink")),
+        draw(topology.latency, n_devices, stream(seed, "latency")),
+    )
+
+
+def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
+    topology = scenario.topology
     if topology.kind != "star":
         raise ScenarioError(f"topology.kind: {topology.kind!r} is not available; use 'star'")
-    up, down = (
-        draw(rate if rate is not None else topology.bandwidth, n_devices, stream(seed, way))
-        for way, rate in (("uplink", topology.uplink), ("downlink", topology.downlink))
-    )
+    up, down, latency = _access_links(scenario)
     return star_network(
         env,
         uplink_bps=up,
         downlink_bps=down,
-        latency=draw(topology.latency, n_devices, stream(seed, "latency")),
+        latency=latency,
         server_up_bps=topology.server_bandwidth,
         server_down_bps=topology.server_bandwidth,
         link_model=registry.build("link", scenario.links.spec()),
-        seed=seed,
+        seed=scenario.seed,
         message_loss=scenario.network.message_loss,
         link_down=scenario.network.link_down,
     )
@@ -607,8 +620,7 @@ def _remove_run(out: Path) -> None:
 
 
 def _resolved_text(scenario: Scenario) -> str:
-    resolved = scenario.resolved() | {"versions": _versions()}
-    return str(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100))
+    return scenario.to_yaml(_versions())
 
 
 @lru_cache
@@ -663,16 +675,17 @@ def _networks(simulations: Mapping[str, Simulation]) -> list[NetworkWorld]:
         users.setdefault(key, []).append(name)
     described = []
     for names in users.values():
-        world, network = simulations[names[0]].scenario, simulations[names[0]].network
+        world = simulations[names[0]].scenario
+        up, down, latency = _access_links(world)
         described.append(
             NetworkWorld(
                 strategies=names,
                 topology=world.topology.kind,
                 servers=1,
                 links=2 * world.data.devices,
-                uplink_bps=network.uplink_bps,
-                downlink_bps=network.downlink_bps,
-                latency=network.latency,
+                uplink_bps=up,
+                downlink_bps=down,
+                latency=latency,
                 server_uplink_bps=world.topology.server_bandwidth,
                 server_downlink_bps=world.topology.server_bandwidth,
                 variation=_in_words(world.links.spec()),

@@ -15,7 +15,7 @@ name                       needed because
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging import Logger, getLogger
+from logging import ERROR, INFO, getLogger
 from typing import Any
 
 from flwr.app import DEFAULT_TTL, Message
@@ -36,9 +36,9 @@ __all__ = [
     "NODE_UNAVAILABLE",
     "Run",
     "empty_run",
-    "flower_logger",
     "identity",
     "patched_sleep",
+    "quiet_flower",
     "set_message_id",
 ]
 
@@ -54,9 +54,16 @@ def empty_run(run_id: int = 1) -> Run:
     return Run.create_empty(run_id)
 
 
-def flower_logger() -> Logger:
-    """Return the logger that Flower's strategies write to."""
-    return getLogger("flwr")
+@contextmanager
+def quiet_flower(*, verbose: bool = False) -> Iterator[None]:
+    """Let Flower log errors only (with `verbose` all it has to say), and put its level back."""
+    logger = getLogger("flwr")
+    level = logger.level
+    logger.setLevel(INFO if verbose else ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def set_message_id(message: Message, message_id: str) -> None:

@@ -256,6 +256,7 @@ class NetworkGrid(Grid):
         ids = list(message_ids)
         if not self._ready(ids):
             open_ids = {i for i in ids if i in self._flights}
+            is_hopeless = not open_ids
             if open_ids:
                 self._run_until(open_ids, math.inf, needed=1)
             elif self._was_hopeless:
@@ -264,7 +265,7 @@ class NetworkGrid(Grid):
                     "were already returned: no reply can ever come. Ask "
                     "grid.is_lost(message_id), or push something first."
                 )
-            self._was_hopeless = not open_ids
+            self._was_hopeless = is_hopeless
         return self._collect(ids)
 
     def send_and_receive(
@@ -473,21 +474,23 @@ class NetworkGrid(Grid):
             flight.message = flight.sender() if flight.sender else None
         if any(flight.reply is None for flight in ready):
             self._compute(late)
-        replies = []
+        replies, errors = [], []
         for flight in ready:
             assert flight.reply is not None
             del self._flights[flight.trip.message_id]
             self._note(flight.trip, flight.reply)
             replies.append(flight.reply)
+            if flight.trip.outcome == "error":
+                errors.append(f"device {flight.trip.device}: {flight.reply.error.reason}")
+        if errors:
+            self._traffic.error_replies += len(errors)
+            _log.warning("%d of %d are error replies; %s", len(errors), len(replies), errors[0])
         return replies
 
     def _note(self, trip: Trip, reply: Message) -> None:
         """Count a reply that is handed over, and tell in it how it travelled."""
         if reply.has_error():
-            if not trip.is_lost:
-                trip.outcome = "error"
-                self._traffic.error_replies += 1
-                _log.warning("device %d: error reply: %s", trip.device, reply.error.reason)
+            trip.outcome = trip.outcome if trip.is_lost else "error"
             return
         records = reply.content.values()
         metrics = next((r for r in records if isinstance(r, MetricRecord)), None)

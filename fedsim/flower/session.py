@@ -6,7 +6,6 @@ one line per batch of train instructions instead.
 """
 
 import gc
-import logging
 import math
 import random
 import time
@@ -96,8 +95,7 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
     reply in some strategies, which costs microseconds instead of half a second once everything
     that was loaded before is frozen.
     """
-    logger = compat.flower_logger()
-    state = random.getstate(), np.random.get_state(), logger.level  # noqa: NPY002
+    state = random.getstate(), np.random.get_state()  # noqa: NPY002
     was_frozen = gc.get_freeze_count()
     waits = 0
 
@@ -113,10 +111,10 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
 
     with ExitStack() as stack:
         stack.enter_context(compat.identity())
+        stack.enter_context(compat.quiet_flower(verbose=verbose))
         stack.enter_context(compat.patched_sleep(sleep))
         random.seed(digest(f"{seed}/node-sampling"))
         np.random.seed(digest(f"{seed}/numpy-global") & 0xFFFFFFFF)  # noqa: NPY002
-        logger.setLevel(logging.INFO if verbose else logging.ERROR)
         gc.collect()
         gc.freeze()
         try:
@@ -124,7 +122,6 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
         finally:
             if not was_frozen:
                 gc.unfreeze()
-            logger.setLevel(state[2])
             np.random.set_state(state[1])  # noqa: NPY002
             random.setstate(state[0])
 

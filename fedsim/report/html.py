@@ -9,6 +9,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from fedsim.recorder import dump_json
-from fedsim.report import series
+from fedsim.report import series, timeline
 from fedsim.report.plots import write_plots
 from fedsim.report.tables import (
     COLUMNS,
@@ -39,6 +40,11 @@ _CURVE_POINTS = 12_000  # of all strategies together; keeps the page far below 6
 _HEAT_CELLS = 40_000
 _SCATTER_POINTS = 1_500
 _NETWORK_FIGURES = 4
+_TIMELINE_NODES = 40
+_TIMELINE_SPANS = 6_000  # of all strategies together
+_STRIP_LINKS = 40
+_STRIP_BINS = 240
+_LINK_ROWS = 8
 
 
 def write_report(directory: Path) -> Path:
@@ -68,6 +74,7 @@ def write_report(directory: Path) -> Path:
 
 def render_page(run: RunResult) -> str:
     """Return the page as text."""
+    recorded = _recorded(run)
     library = _inline(get_plotlyjs())
     program = _inline(_asset("page.js"))
     policy = (
@@ -86,15 +93,16 @@ def render_page(run: RunResult) -> str:
             f"<style>\n{_asset('page.css')}</style>",
             "</head>",
             "<body>",
-            _header(run),
+            _header(run, recorded),
             "<main>",
             _comparison(run),
             _curves(run),
+            _time(run, recorded),
             _world(run),
             _scenario(run),
             "</main>",
             _footer(run),
-            f'<script type="application/json" id="data">{_json(_page_data(run))}</script>',
+            f'<script type="application/json" id="data">{_json(_page_data(run, recorded))}</script>',
             f"<script>{library}</script>",
             f"<script>{program}</script>",
             "</body>",
@@ -123,10 +131,29 @@ def _json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """The transfers of one strategy, and what its rounds waited for."""
+
+    spans: timeline.Spans
+    paths: list[timeline.RoundPath]
+    share: timeline.TimeShare
+
+
+def _recorded(run: RunResult) -> dict[str, _Recorded]:
+    found = {}
+    for name, result in run.strategies.items():
+        spans = timeline.spans_of(result)
+        if spans is not None and len(spans.round):
+            paths = timeline.round_paths(result, spans)
+            found[name] = _Recorded(spans, paths, timeline.time_share(paths))
+    return found
+
+
 # ---- sections ------------------------------------------------------------------------------------
 
 
-def _header(run: RunResult) -> str:
+def _header(run: RunResult, recorded: dict[str, _Recorded]) -> str:
     world = run.world
     data, model, devices = (world.get(key) or {} for key in ("data", "model", "devices"))
     facts = [
@@ -144,7 +171,8 @@ def _header(run: RunResult) -> str:
         "</div>"
         for a in answers(run)
     )
-    warnings = "".join(f"<li>{escape(note)}</li>" for note in notes(run))
+    warned = notes(run) + timeline.timeline_notes({k: r.share for k, r in recorded.items()})
+    warnings = "".join(f"<li>{escape(note)}</li>" for note in warned)
     return (
         f'<header class="top"><div class="title"><div><h1>{escape(run.name)}</h1>'
         f'<p class="facts-line">{line}</p></div>'
@@ -224,6 +252,10 @@ def _curves(run: RunResult) -> str:
         else "<h3>Other measures</h3>"
     )
     log = '<label class="switch quiet"><input type="checkbox" id="log">logarithmic</label>'
+    directions = (
+        "<h3>Traffic, all rounds</h3>"
+        '<span class="quiet">dark to light: from the server, to it, between devices</span>'
+    )
     reset = '<button type="button" id="all">all</button>' if len(run.strategies) > 1 else ""
     return (
         '<h2>Curves</h2><div class="controls">'
@@ -232,7 +264,7 @@ def _curves(run: RunResult) -> str:
         + _chart("accuracy", "<h3>Accuracy</h3>", "accuracy of each strategy")
         + _chart("loss", f"<h3>Loss</h3>{log}", "loss of each strategy")
         + _chart("measure", measure, "the chosen measure of each strategy")
-        + _chart("traffic", "<h3>Traffic, all rounds</h3>", "bytes sent in each direction")
+        + _chart("traffic", directions, "bytes sent in each direction")
         + "</div>"
     )
 
@@ -244,11 +276,104 @@ def _chart(name: str, head: str, label: str, kind: str = "panel") -> str:
     )
 
 
+def _time(run: RunResult, recorded: dict[str, _Recorded]) -> str:
+    """Return what rounds waited for, a timeline, links: where transfers were recorded."""
+    if not recorded:
+        return ""
+    panels = [_wide(f"<h3>What rounds wait for</h3>{_shares(recorded)}", "table")]
+    names = list(run.strategies)
+    options = "".join(f'<option value="{names.index(n)}">{escape(n)}</option>' for n in recorded)
+    selects = (
+        "<h3>Timeline of a round</h3>"
+        f'<span><select id="timeline-strategy" aria-label="strategy">{options}</select> '
+        '<select id="timeline-round" aria-label="round"></select></span>'
+    )
+    key = (
+        '<p class="quiet key"><i class="in"></i>receiving <i class="work"></i>local work '
+        '<i class="out"></i>sending; outlined: the critical path, pale: lost or failed</p>'
+    )
+    figure = '<div class="chart" id="timeline" role="img" aria-label="timeline of a round"></div>'
+    panels.append(_wide(f'<div class="head">{selects}</div>{key}{figure}'))
+    states = timeline.link_states(run, max_links=_STRIP_LINKS, bins=_STRIP_BINS)
+    if states is not None:
+        shown = len(states.links)
+        count = f"{shown} of {states.changing}" if shown < states.changing else str(shown)
+        head = f'<h3>Link states</h3><span class="quiet">{count} links that change</span>'
+        panels.append(
+            _wide(
+                f'<div class="head">{head}</div><div class="chart" id="strips" role="img" '
+                'aria-label="rate of each link over virtual time"></div>'
+            )
+        )
+    links = _links(run, list(recorded))
+    if links:
+        panels.append(_wide(f"<h3>Most used links</h3>{links}", "table"))
+    return f'<h2>Time</h2><div class="grid">{"".join(panels)}</div>'
+
+
+def _wide(content: str, kind: str = "") -> str:
+    return f'<section class="panel wide {kind}">{content}</section>'
+
+
+def _table(headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Return a table of texts; each row comes with the attributes of its element."""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
+    body = "".join(
+        f'<tr{attributes}><th scope="row">{escape(first)}</th>'
+        + "".join(f"<td>{escape(text)}</td>" for text in rest)
+        + "</tr>"
+        for attributes, (first, *rest) in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _shares(recorded: dict[str, _Recorded]) -> str:
+    headings = ("strategy", "network", "local work", "waiting", "last device", "tightest link")
+    return _table(
+        headings,
+        (
+            (
+                "",
+                (
+                    name,
+                    *map(format_percent, (r.share.network, r.share.compute, r.share.waiting)),
+                    "–" if r.share.device is None else str(r.share.device),
+                    r.share.link or "–",
+                ),
+            )
+            for name, r in recorded.items()
+        ),
+    )
+
+
+def _links(run: RunResult, names: Sequence[str]) -> str:
+    rows = []
+    for index, (name, result) in enumerate(run.strategies.items()):
+        if name in names:
+            for use in timeline.link_uses(result)[:_LINK_ROWS]:
+                cells = (
+                    use.link,
+                    name,
+                    format_rate(use.bandwidth_bps),
+                    format_duration(use.latency),
+                    format_bytes(use.carried_bytes),
+                    format_percent(use.busy),
+                    format_percent(use.utilisation),
+                )
+                rows.append((f' data-strategy="{index}"', cells))
+    headings = ("link", "strategy", "rate", "latency", "carried", "busy", "utilisation")
+    return _table(headings, rows) if rows else ""
+
+
 def _world(run: RunResult) -> str:
     world = run.world
     if not world:
         return ""
     devices = series.devices_of(run)
+    facts = '<section class="panel"><h3>{}</h3>{}</section>'
     panels = []
     if devices.get("label_counts"):
         panels.append(
@@ -256,18 +381,14 @@ def _world(run: RunResult) -> str:
         )
     if _has_device_figure(devices):
         panels.append(_chart("devices", "<h3>Devices</h3>", "samples and speed of each device"))
-    panels.append(
-        f'<section class="panel"><h3>Data and model</h3>{_facts(_data_facts(run))}</section>'
-    )
+    panels.append(facts.format("Data and model", _facts(_data_facts(run))))
     for index, network in enumerate(world.get("networks", ())):
+        title = escape(series.network_title(run, network))
+        panels.append(facts.format(f"Network: {title}", _facts(_network_facts(network))))
         if index < _NETWORK_FIGURES and _has_network_figure(network):
-            title = f"<h3>Access links: {escape(series.network_title(run, network))}</h3>"
-            panels.append(_chart(f"network-{index}", title, "access rate of each device"))
-        panels.append(
-            f'<section class="panel"><h3>Network: {escape(series.network_title(run, network))}</h3>'
-            f"{_facts(_network_facts(network))}</section>"
-        )
-    return f'<h2>World</h2><div class="grid">{"".join(panels)}</div>'
+            head = f"<h3>Access links: {title}</h3>"
+            panels.append(_chart(f"network-{index}", head, "access rate of each device"))
+    return f'<h2>World</h2><div class="grid filled">{"".join(panels)}</div>'
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:
@@ -282,9 +403,12 @@ def _span(values: Sequence[float | None] | None, text: Any) -> str:
     ordered = sorted(float("inf") if v is None else v for v in values)
     if ordered[0] == ordered[-1]:
         return f"{text(ordered[0])}, all alike"
-    return " – ".join(text(ordered[i]) for i in (0, len(ordered) // 2, -1)) + (
-        "  (least, median, most)"
-    )
+    least, median, most = (text(ordered[i]) for i in (0, len(ordered) // 2, -1))
+    return f"{least} to {most}, median {median}"
+
+
+def _speed(rate: float) -> str:
+    return "unlimited" if rate == float("inf") else f"{float(f'{rate:.3g}'):,.6g} samples/s"
 
 
 def _data_facts(run: RunResult) -> list[tuple[str, str]]:
@@ -300,7 +424,7 @@ def _data_facts(run: RunResult) -> list[tuple[str, str]]:
         ("model", str(model.get("kind", ""))),
         ("parameters", format_count(model.get("parameters"))),
         ("payload of the model", format_bytes(model.get("size_bytes"))),
-        ("device speed", _span(devices.get("speed_samples_per_s"), lambda v: f"{v:.3g} samples/s")),
+        ("device speed", _span(devices.get("speed_samples_per_s"), _speed)),
         ("availability", str(devices.get("availability", ""))),
         ("shown", f"{listed:,} of {count:,} devices" if count and listed < count else ""),
     ]
@@ -355,7 +479,7 @@ def _footer(run: RunResult) -> str:
 # ---- data of the figures -------------------------------------------------------------------------
 
 
-def _page_data(run: RunResult) -> dict[str, Any]:
+def _page_data(run: RunResult, recorded: dict[str, _Recorded]) -> dict[str, Any]:
     points = max(100, _CURVE_POINTS // max(1, len(run.strategies)))
     totals = [
         [sum(getattr(row, key) for row in result.rounds) for key in
@@ -384,6 +508,8 @@ def _page_data(run: RunResult) -> dict[str, Any]:
         "split": _split_data(run),
         "devices": _devices_data(run),
         "networks": [_network_data(run, n) for n in run.world.get("networks", ())],
+        "timelines": _timeline_data(run, recorded),
+        "strips": _strip_data(run),
     }  # fmt: skip
 
 
@@ -447,4 +573,56 @@ def _network_data(run: RunResult, network: dict[str, Any]) -> dict[str, Any]:
         "up": chosen("uplink_bps"),
         "down": chosen("downlink_bps"),
         "latency": chosen("latency_s"),
+    }
+
+
+def _timeline_data(run: RunResult, recorded: dict[str, _Recorded]) -> dict[str, Any]:
+    """Return strategy's index → rounds to choose from, each with rows of nodes and spans."""
+    budget = _TIMELINE_SPANS // (4 * max(1, len(recorded)))
+    count = (run.world.get("devices") or {}).get("count")
+    indices = {name: index for index, name in enumerate(run.strategies)}
+    return {
+        str(indices[name]): [
+            _round_data(r, r.paths[index], why, budget, count)
+            for index, why in timeline.telling_rounds(r.paths).items()
+        ]
+        for name, r in recorded.items()
+    }
+
+
+def _round_data(
+    recorded: _Recorded, path: timeline.RoundPath, why: str, budget: int, n_devices: int | None
+) -> dict[str, Any]:
+    spans, drawn = recorded.spans, []
+    rows = timeline.node_rows(spans, path, _TIMELINE_NODES)
+    for row, members in enumerate(rows.values()):
+        for index in members[: max(1, budget // len(rows))]:
+            side = timeline.side_of(spans, index)
+            detail = "" if side == "work" else (
+                f", {format_bytes(int(spans.size_bytes[index]))}, {spans.outcome[index]}"
+            )  # fmt: skip
+            drawn.append(
+                [row, side, float(spans.start[index]), float(spans.end[index]), index in path.path,
+                 spans.outcome[index] in {"", "delivered"}, spans.kind[index] + detail]
+            )  # fmt: skip
+    return {
+        "label": f"round {path.round} ({why})",
+        "start": path.start,
+        "end": path.end,
+        "rows": [
+            f"device {node}" if n_devices is None or node < n_devices else f"node {node}"
+            for node in rows
+        ],
+        "spans": drawn,
+    }
+
+
+def _strip_data(run: RunResult) -> dict[str, Any] | None:
+    states = timeline.link_states(run, max_links=_STRIP_LINKS, bins=_STRIP_BINS)
+    if states is None:
+        return None
+    return {
+        "links": states.links,
+        "until": states.until,
+        "level": [[round(v, 3) for v in row] for row in states.level.tolist()],
     }

@@ -72,8 +72,7 @@
       full.yaxis = { visible: false };
     }
     Plotly.react(box, traces, full, {
-      responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover",
-      modeBarButtons: [["toImage", "resetScale2d"]],
+      responsive: true, displaylogo: false, displayModeBar: false,
     });
   };
 
@@ -104,6 +103,11 @@
     const [low, high] = [Math.min(...values), Math.max(...values)];
     if (log) return [Math.log10(low) - 0.1, Math.log10(high) + 0.2];
     return [Math.min(0, low), high + 0.08 * (high - low || 1)];
+  };
+  const spansDecades = (key) => {
+    const shown = data.strategies.filter((s) => isOn(s) && s.state !== "diverged");
+    const values = shown.flatMap((s) => s.y[key] ?? []).filter((v) => v > 0);
+    return values.length ? Math.log10(largest(values) / Math.min(...values)) : 0;
   };
   const drawCurves = (id, key, options) => {
     const x = abscissa();
@@ -149,8 +153,8 @@
     draw(id, traces, {
       xaxis: axis({ title: x.title, rangemode: "tozero", showgrid: false, ticks: "outside",
         tickcolor: variable("--line"), ticklen: 4 }),
-      yaxis: axis({ tickformat: options.ticks, type: log ? "log" : "linear",
-        range: rangeOf(key, log), title: options.title }),
+      yaxis: axis({ tickformat: options.ticks, range: rangeOf(key, log),
+        ...(log ? { type: "log", dtick: spansDecades(key) < 3 ? "D2" : 1 } : {}) }),
       shapes, annotations,
     });
   };
@@ -168,7 +172,7 @@
     draw("traffic", traces, {
       barmode: "stack", bargap: 0.35,
       xaxis: axis({ title: `payload (${unit})` }),
-      yaxis: axis({ autorange: "reversed", showgrid: false, tickvals: shown.map((_, i) => i),
+      yaxis: axis({ autorange: "reversed", showgrid: false, zeroline: false, tickvals: shown.map((_, i) => i),
         ticktext: shown.map((s) => plain(s.name.length > 18 ? s.name.slice(0, 17) + "…" : s.name)) }),
     });
   };
@@ -176,7 +180,9 @@
     drawCurves("accuracy", "eval_accuracy",
       { format: ".1%", ticks: ".0%", band: "accuracy_std", reached: true });
     drawCurves("loss", "eval_loss", { format: ".4~g", ticks: "~g", log: true });
-    drawCurves("measure", view.measure, { format: ".4~g", ticks: "~s" });
+    const sound = data.strategies.filter((s) => s.state !== "diverged");
+    const most = largest(sound.map((s) => s.y[view.measure] ?? []));
+    drawCurves("measure", view.measure, { format: ".4~g", ticks: most < 1000 ? "~g" : "~s" });
     drawTraffic();
   };
 
@@ -206,7 +212,7 @@
         marker: { color: variable("--accent"), size: devices.listed.length > 300 ? 4 : 8, opacity: 0.75 },
       }], {
         xaxis: axis({ title: "training samples", rangemode: "tozero" }),
-        yaxis: axis({ title: "speed (samples/s)", type: "log", showgrid: true, dtick: "D2" }),
+        yaxis: axis({ title: "speed (samples/s)", type: "log", tickformat: "~s", dtick: "D2" }),
       });
     }
     networks.forEach((network, k) => {
@@ -232,6 +238,74 @@
         xaxis: axis({ title: "devices, slowest link first", showgrid: false }),
         yaxis: axis({ title: "access rate (bit/s)", type: "log", tickformat: "~s", dtick: "D2" }),
       });
+    });
+  };
+
+  // ---- time ------------------------------------------------------------------------------------
+  const tall = (id, rows) => {
+    byId(id).style.height = `${Math.max(170, Math.min(760, 70 + 17 * rows))}px`;
+  };
+  const drawTimeline = () => {
+    const round = data.timelines[byId("timeline-strategy")?.value]?.[byId("timeline-round").value];
+    if (!round) return;
+    const [scale, unit] = timeUnit(round.end - round.start);
+    const colours = { in: variable("--in"), work: variable("--work"), out: variable("--out") };
+    const spans = (side) => round.spans.filter((span) => span[1] === side);
+    const traces = Object.keys(colours).map((side) => ({
+      type: "bar", orientation: "h", name: side, y: spans(side).map((s) => s[0]),
+      base: spans(side).map((s) => (s[2] - round.start) / scale),
+      x: spans(side).map((s) => (s[3] - s[2]) / scale),
+      marker: {
+        color: colours[side], opacity: spans(side).map((s) => (s[5] ? 0.9 : 0.35)),
+        line: { color: variable("--ink"), width: spans(side).map((s) => (s[4] ? 1.6 : 0)) },
+      },
+      text: spans(side).map((s) =>
+        `${plain(round.rows[s[0]])}: <b>${plain(s[6])}</b>, ${duration(s[3] - s[2])}`),
+      textposition: "none", hovertemplate: "%{text}<extra></extra>",
+    })).filter((trace) => trace.y.length);
+    tall("timeline", round.rows.length);
+    const edge = (at) => ({ type: "line", yref: "paper", y0: 0, y1: 1, x0: at, x1: at,
+      line: { color: variable("--quiet"), width: 1, dash: "2px,3px" } });
+    draw("timeline", traces, {
+      barmode: "overlay", bargap: 0.3, shapes: [edge(0), edge((round.end - round.start) / scale)],
+      margin: { l: 60, r: 12, t: 6, b: 40 },
+      xaxis: axis({ title: `virtual time since the round began (${unit})` }),
+      yaxis: axis({ autorange: "reversed", showgrid: false, zeroline: false,
+        tickvals: round.rows.map((_, i) => i), ticktext: round.rows.map(plain) }),
+    });
+  };
+  const offerRounds = () => {
+    const chosen = byId("timeline-strategy");
+    if (!chosen) return;
+    byId("timeline-round").replaceChildren(...data.timelines[chosen.value].map((round, i) =>
+      new Option(round.label, String(i))));
+    for (const row of document.querySelectorAll("tr[data-strategy]")) {
+      row.hidden = row.dataset.strategy !== chosen.value;
+    }
+    drawTimeline();
+  };
+  byId("timeline-strategy")?.addEventListener("change", offerRounds);
+  byId("timeline-round")?.addEventListener("change", drawTimeline);
+  const drawStrips = () => {
+    const { strips } = data;
+    if (!strips) return;
+    const [scale, unit] = timeUnit(strips.until);
+    const bins = strips.level[0].length;
+    tall("strips", strips.links.length);
+    draw("strips", [{
+      type: "heatmap", z: strips.level, zmin: 0, zmax: 1, ygap: 2,
+      x: strips.level[0].map((_, i) => ((i + 0.5) * strips.until) / bins / scale),
+      y: strips.links.map((_, i) => i), customdata: strips.links.map((name) =>
+        Array(bins).fill(plain(name))),
+      colorscale: [[0, variable("--strip-0")], [1, variable("--strip-1")]],
+      colorbar: { thickness: 8, outlinewidth: 0, tickformat: ".0%", tickvals: [0, 0.5, 1],
+        tickfont: { size: 11, color: variable("--quiet") } },
+      hovertemplate: `%{customdata}: <b>%{z:.0%}</b> of its best rate, %{x:.4~g} ${unit}<extra></extra>`,
+    }], {
+      margin: { l: 60, r: 12, t: 6, b: 40 },
+      xaxis: axis({ title: `virtual time (${unit})`, showgrid: false }),
+      yaxis: axis({ autorange: "reversed", showgrid: false, zeroline: false,
+        tickvals: strips.links.map((_, i) => i), ticktext: strips.links.map(plain) }),
     });
   };
 
@@ -307,6 +381,8 @@
   }
   const drawAll = () => {
     drawMeasures();
+    drawTimeline();
+    drawStrips();
     drawWorld();
   };
   byId("theme").addEventListener("click", () => {
@@ -315,5 +391,6 @@
   });
   prefersDark.addEventListener("change", drawAll);
   narrow.addEventListener("change", drawAll);
+  offerRounds();
   drawAll();
 })();

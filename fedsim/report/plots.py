@@ -13,14 +13,14 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from fedsim.report import series
 from fedsim.results import RunResult
 
 __all__ = ["write_plots"]
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.hashsalt": "fedsim",
     "svg.fonttype": "none",
     "text.parse_math": False,  # a name may hold a $
@@ -35,12 +35,9 @@ _SETTINGS: dict[str, Any] = {
     "legend.frameon": False,
     "axes.axisbelow": True,
     "axes.unicode_minus": False,
+    "lines.scale_dashes": False,
 }
-_ABSCISSAE = {
-    "round": ("round", None),
-    "time": ("virtual time (s)", "s"),
-    "traffic": ("traffic since the start (bytes)", "B"),
-}
+_ABSCISSAE = {"round": "round", "time": "time", "traffic": "bytes"}
 _MAX_POINTS = 4_000
 _LEGEND_NAME = 32
 
@@ -97,28 +94,39 @@ def _dashes(style: series.Style) -> Any:
 def _curves(
     run: RunResult, drawn: list[series.Curves], key: str, abscissa: str, axes: Axes
 ) -> None:
-    column = "bytes" if abscissa == "traffic" else abscissa
-    fit = []
-    for curve in drawn:
-        if key not in curve.y:
-            continue
-        points = [
-            (x, y) for x, y in zip(curve.x[column], curve.y[key], strict=True) if y is not None
-        ]
-        xs, ys = zip(*points, strict=True)
-        mark = "o" if len(points) == 1 else None
-        axes.plot(xs, ys, color=curve.style.light, linestyle=_dashes(curve.style), lw=1.5,
-                  marker=mark, label="_", gid=None)[0].set_label(_label(curve))  # fmt: skip
+    column = _ABSCISSAE[abscissa]
+    longest = max((curve.x[column][-1] for curve in drawn if key in curve.y), default=0.0)
+    scale, unit = series.time_unit(longest) if abscissa == "time" else (1.0, "")
+    fit: list[float] = []
+    for curve in (c for c in drawn if key in c.y):
+        values = zip(curve.x[column], curve.y[key], strict=True)
+        points = [(x / scale, y) for x, y in values if y is not None]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color=curve.style.light,
+            linestyle=_dashes(curve.style),
+            linewidth=1.5,
+            marker="o" if len(points) == 1 else None,
+            label=_label(curve),
+        )
         if curve.state != "diverged":
-            fit += ys
-        if key == "eval_accuracy" and curve.reached is not None:
-            at = (curve.x[column][curve.reached], curve.y[key][curve.reached])
-            axes.plot(*at, "o", ms=6, mfc="white", mec=curve.style.light, mew=1.5)
-    label, unit = _ABSCISSAE[abscissa]
-    axes.set_xlabel(label)
+            fit += [y for _, y in points]
+        hit = None if curve.reached is None else curve.y[key][curve.reached]
+        if key == "eval_accuracy" and curve.reached is not None and hit is not None:
+            at = curve.x[column][curve.reached] / scale
+            axes.plot(at, hit, "o", ms=6, mfc="white", mec=curve.style.light, mew=1.5)
+    if abscissa == "round":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    elif abscissa == "traffic":
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+    words = {
+        "round": "round",
+        "time": f"virtual time ({unit})",
+        "traffic": "traffic since the start",
+    }
+    axes.set_xlabel(words[abscissa])
     axes.set_ylabel(series.label_of(key))
-    if unit:
-        axes.xaxis.set_major_formatter(EngFormatter(unit))
     if key == "eval_accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if run.target is not None:
@@ -169,8 +177,9 @@ def _devices(devices: dict[str, Any], axes: Axes) -> None:
     pairs = zip(devices["samples"], devices["speed_samples_per_s"], strict=True)
     points = [(samples, speed) for samples, speed in pairs if speed]
     if points:
-        axes.scatter(*zip(*points, strict=True), s=14, color="#1f3fb8", alpha=0.7, lw=0)
-        axes.set_yscale("log")
+        samples, speeds = zip(*points, strict=True)
+        axes.plot(samples, speeds, "o", ms=4, color="#1f3fb8", alpha=0.7, mew=0)
+        _logarithmic(axes, "")
     axes.set_xlabel("training samples of a device")
     axes.set_ylabel("speed (samples/s)")
 
@@ -182,9 +191,16 @@ def _network(title: str, network: dict[str, Any], axes: Axes) -> None:
         rates = sorted(rate for rate in network.get(key) or () if rate)
         if rates:
             axes.plot(range(1, len(rates) + 1), rates, marker, ms=4, color=colour, label=words)
-            axes.set_yscale("log")
             axes.legend(fontsize=8)
-    axes.yaxis.set_major_formatter(EngFormatter("bit/s"))
+    _logarithmic(axes, "bit/s")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("devices, slowest link first")
     axes.set_ylabel("access rate")
     axes.set_title(_short(title), fontsize=9)
+
+
+def _logarithmic(axes: Axes, unit: str) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(EngFormatter(unit))
+    axes.yaxis.set_minor_formatter(NullFormatter())

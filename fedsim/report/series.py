@@ -29,6 +29,7 @@ __all__ = [
     "network_title",
     "style_of",
     "thinned",
+    "time_unit",
 ]
 
 COLOURS = {  # light ground, dark ground
@@ -170,6 +171,12 @@ def thinned(count: int, max_points: int | None) -> list[int]:
         np.linspace(0, count - 1, max_points).round().astype(int)
     ).tolist()
     return chosen
+
+
+def time_unit(longest: float) -> tuple[float, str]:
+    """Return the unit for an axis of so many seconds: its length in seconds, and its name."""
+    units = ((300.0, 1.0, "s"), (3 * 3600.0, 60.0, "min"), (4 * 86_400.0, 3600.0, "h"))
+    return next(((size, name) for end, size, name in units if longest < end), (86_400.0, "d"))
 
 
 def devices_of(run: RunResult) -> dict[str, Any]:

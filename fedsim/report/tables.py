@@ -214,8 +214,8 @@ def answers(run: RunResult) -> list[Answer]:
     if run.target is not None:
         goal = f"{format_percent(run.target)} accuracy"
         found += [
-            _lowest(run, "time_to_target", f"First at {goal}", format_duration, "faster than"),
-            _lowest(run, "bytes_to_target", f"Least traffic to {goal}", format_bytes, "less than"),
+            _lowest(run, "time_to_target", f"First at {goal}", format_duration, "as long"),
+            _lowest(run, "bytes_to_target", f"Least traffic to {goal}", format_bytes, "as much"),
         ]
         if found == [None, None]:
             best = _ranked(run, "best_accuracy", -1)
@@ -240,14 +240,14 @@ def _ranked(run: RunResult, key: str, sign: int) -> list[tuple[float, str]]:
 
 
 def _lowest(
-    run: RunResult, key: str, question: str, text: Callable[[Any], str], than: str
+    run: RunResult, key: str, question: str, text: Callable[[Any], str], as_what: str
 ) -> Answer | None:
     ranked = _ranked(run, key, 1)
     if not ranked:
         return None
     (value, who), *others = ranked
     if others and value > 0:
-        how = f"{others[0][0] / value:.2f} × {than} {others[0][1]}"
+        how = f"{others[0][1]} takes {others[0][0] / value:.2f} × {as_what}"
     else:
         how = "no other strategy reached it" if len(run.strategies) > 1 and not others else ""
     return Answer(question, who, text(value), how)

@@ -56,8 +56,8 @@ def client_app(name):
     if "ClientSide" not in name:
         return plain
     mod = adaptiveclipping_mod if "Adaptive" in name else fixedclipping_mod
-    app = ClientApp(mods=[mod])
-    app.train()(plain)
+    app = ClientApp()
+    app.train(mods=[mod])(plain)
     app.evaluate()(plain)
     return app
 

@@ -80,20 +80,21 @@ def test_an_identity_that_is_set_is_left_alone():
     "strategy", [QFedAvg(client_learning_rate=0.1), Bulyan(num_malicious_nodes=1)]
 )
 def test_bar_5_no_full_collection_per_reply(strategy):
-    """50 rounds run next to no full garbage collections over what was loaded before."""
+    """50 rounds of 20 replies: one collection a round at most, and over next to nothing."""
     world = make_world()
     collected = []
 
     def note(phase, info):
         if phase == "stop" and info["generation"] == 2:
-            collected.append(len(gc.get_objects(2)) if len(collected) < 3 else 0)
+            collected.append(len(gc.get_objects(2)))
 
     gc.callbacks.append(note)
     try:
         start(strategy, world.grid, world.initial(), rounds=50, seed=1)
     finally:
         gc.callbacks.remove(note)
-    assert len(collected) < 50
+    assert len(collected) <= 50 + 2
+    assert max(collected[1:], default=0) < collected[0] / 10  # the first is ours, before the freeze
 
 
 def test_lines_follow_the_rounds():
@@ -199,9 +200,8 @@ def test_a_start_that_never_evaluates_gets_a_line_per_batch():
         NeverEvaluates(), world.grid, world.initial(), rounds=3, seed=1,
         evaluate=world.evaluate, record=rows.append,
     )  # fmt: skip
-    assert [(row.round, row.virtual_time) for row in rows] == pytest.approx(
-        [(1, 1.0), (2, 2.0), (3, 3.0)]
-    )
+    assert [row.round for row in rows] == [1, 2, 3]
+    assert [row.virtual_time for row in rows] == pytest.approx([1, 2, 3])
     assert [row.devices_replied for row in rows] == [20, 20, 20]
     assert world.evaluate(outcome.arrays).accuracy > 0.5
 
