@@ -115,8 +115,9 @@ def _start(
 ) -> None:
     """Federated learning on the network you really have.
 
-    A scenario file says what the devices hold, how fast they and their links are, and which
-    strategies to compare; fedsim trains for real, in virtual time.
+    A scenario file says what the devices hold, how fast they and their links are.
+
+    Flower strategies are compared in it: devices really train, the network's time is virtual.
 
     [bold]Examples[/bold]
 
@@ -154,7 +155,7 @@ def run(
     overrides: _Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Directory to write. [default: runs/<name of FILE>]"),
+        typer.Option(metavar="DIR", help="Directory to write; runs/NAME for a file NAME.yaml."),
     ] = None,
     device: Annotated[
         str,
@@ -174,7 +175,7 @@ def run(
 ) -> None:
     """Run every strategy of a scenario and compare them.
 
-    Writes the resolved scenario, one line a round, a summary and an HTML report to DIR.
+    Writes the resolved scenario, a line for each round, a summary and a report to DIR.
 
     [bold]Examples[/bold]
 
@@ -185,7 +186,7 @@ def run(
     fedsim run my.yaml --out runs/b --resume
     """
     if resume and force:
-        raise typer.BadParameter("--resume keeps an earlier run and --force replaces it: give one")
+        raise typer.BadParameter("give --resume or --force, not both")
     scenario = _load(file, overrides)
     out = out or Path("runs") / file.stem
 
@@ -236,7 +237,7 @@ class _Display:
         self._console = Console(stderr=True)
         self._rounds = scenario.rounds
         self._last: dict[str, Progress | None] = dict.fromkeys(scenario.strategies)
-        self._tenth: dict[str, tuple[str, int]] = {}
+        self._tenth: dict[str, int] = {}
         self._is_quiet = is_quiet
         self._live: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._console.is_terminal and not is_quiet:
@@ -255,8 +256,9 @@ class _Display:
         self._last[progress.strategy] = progress
         if self._is_quiet or isinstance(self._live, Live):
             return
-        tenth = (progress.state, 10 * progress.round // max(1, progress.rounds))
-        if progress.round and self._tenth.get(progress.strategy) != tenth:
+        is_running = progress.state == "running"
+        tenth = 10 * progress.round // progress.rounds if is_running else 10
+        if self._tenth.get(progress.strategy, 0) < tenth and not (is_running and tenth == 10):
             self._tenth[progress.strategy] = tenth
             typer.echo(_line(progress), err=True)
 
@@ -308,7 +310,7 @@ def validate(
         bool, typer.Option("--resolved", help="Print the scenario with every default filled in.")
     ] = False,
 ) -> None:
-    """Check a scenario and run nothing.
+    """Check a scenario file and run nothing.
 
     [bold]Examples[/bold]
 
@@ -333,7 +335,7 @@ def report(
         Path, typer.Argument(metavar="DIR", help="What `fedsim run` has written.")
     ],
 ) -> None:
-    """Write the HTML report of a run again, from its files alone.
+    """Write the HTML report of the run in a directory again, from its files alone.
 
     [bold]Example[/bold]
 
@@ -348,7 +350,7 @@ def report(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of scenario files, for completion and checks in an editor.
+    """Print the JSON Schema of scenario files, for editors.
 
     [bold]Example[/bold]
 
@@ -380,7 +382,7 @@ def list_(
         ),
     ] = None,
 ) -> None:
-    """Show the names that a scenario can use, with their parameters and defaults.
+    """Show the names that a scenario can use; of one kind, with parameters and defaults.
 
     [bold]Examples[/bold]
 

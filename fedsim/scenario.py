@@ -818,7 +818,7 @@ def _override(document: Document, override: str) -> None:
         if isinstance(inside, str) and (path in _PARTS or path[:-1] == ("strategies",)):
             inside = {"kind": inside}
         if inside is None:
-            inside = {}
+            inside = _default(path) if path in _PARTS else {}
             document.origin[path] = option
         if not isinstance(inside, dict):
             where = ".".join(map(str, path))
