@@ -512,10 +512,10 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     return filled, problems
 
 
-def _default(path: tuple[str, ...]) -> dict[str, Any]:
+def _default(path: Path_) -> dict[str, Any]:
     section: Any = Scenario
     for key in path[:-1]:
-        section = section.model_fields[key].annotation
+        section = section.model_fields[str(key)].annotation
     default: Spec = section.model_fields[path[-1]].default
     return default.spec()
 

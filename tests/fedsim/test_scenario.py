@@ -1,6 +1,7 @@
 import json
 import pickle
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,21 @@ from hypothesis import strategies as st
 
 from fedsim import registry
 from fedsim.errors import ScenarioError
-from fedsim.scenario import Lognormal, Scenario, draw, json_schema, load_scenario
+from fedsim.scenario import (
+    Data,
+    Devices,
+    Evaluation,
+    Lognormal,
+    NetworkOptions,
+    Record,
+    Scenario,
+    Stop,
+    Topology,
+    Training,
+    draw,
+    json_schema,
+    load_scenario,
+)
 
 SMALL = """\
 name: small
@@ -529,3 +544,15 @@ def test_the_schema_accepts_scenarios_and_refuses_misspelt_keys(load):
         assert list(validator.iter_errors(scenario.resolved())) == []
     for text in (FULL.replace("on_off", "onoff"), SMALL.replace("alpha", "alfa")):
         assert list(validator.iter_errors(yaml.safe_load(text)))
+
+
+# ── documentation ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_key_is_explained_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "scenario.md").read_text(encoding="utf-8")
+    sections = [Scenario, Stop, Data, Training, Devices, Topology, NetworkOptions, Evaluation]
+    keys = {key for section in [*sections, Record] for key in section.model_fields}
+    assert [key for key in sorted(keys) if f"| `{key}` |" not in text] == []
+    names = {name for kind in registry.TABLES for name in registry.TABLES[kind]}
+    assert [n for n in sorted(names - set(registry.TABLES["strategy"])) if n not in text] == []
