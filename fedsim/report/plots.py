@@ -59,6 +59,7 @@ def write_plots(run: RunResult, directory: Path) -> list[Path]:
                 path = directory / f"{name}.{suffix}"
                 figure.savefig(path, format=suffix, metadata=stamp)
                 written.append(path)
+                figure.set_layout_engine("none")  # laid out once, for both files
     for path in directory.glob("*.*"):
         if path.suffix in {".png", ".svg"} and path not in written:
             path.unlink()

@@ -49,26 +49,25 @@ def test_every_kind_of_run_can_be_drawn(tmp_path, sample):
     assert ("loss_by_time" in {p.stem for p in written}) == (sample.rounds > 0)
 
 
+def run_of(*names: str, **values) -> RunResult:
+    rows = [RoundRow(round=1, virtual_time=1.0, wall_time=1.0, bytes_up=10, **values)]
+    return RunResult("x", 1, {n: StrategyResult(n, summarise(rows), rows) for n in names})
+
+
 def test_names_are_drawn_as_they_are(tmp_path):
-    names = ("$frac{1}{", "_hidden", "<script>&", "ü" * 60)
-    written = plots_of(tmp_path, Sample(names=names, rounds=2))
-    svg = next(p for p in written if p.name == "accuracy_by_round.svg")
-    texts = "".join(ElementTree.parse(svg).getroot().itertext())
+    names = ("$\\frac{1}{", "_hidden", "<script>&", "ü" * 60)
+    write_plots(run_of(*names, eval_accuracy=0.5), tmp_path)
+    texts = "".join(ElementTree.parse(tmp_path / "accuracy_by_round.svg").getroot().itertext())
     for name in (*names[:3], "ü" * 31 + "…"):
         assert name in texts
 
 
 def test_figures_of_an_earlier_report_are_removed_and_other_files_kept(tmp_path):
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "timeline_9.png").touch()
-    (tmp_path / "plots" / "notes.txt").touch()
-    written = plots_of(tmp_path, Sample(names=("a",), rounds=2))
-    left = set((tmp_path / "plots").iterdir())
-    assert left == {*written, tmp_path / "plots" / "notes.txt"}
+    (tmp_path / "timeline_9.png").touch()
+    (tmp_path / "notes.txt").touch()
+    written = write_plots(run_of("a"), tmp_path)
+    assert set(tmp_path.iterdir()) == {*written, tmp_path / "notes.txt"}
 
 
 def test_a_run_without_evaluation_has_no_accuracy_figure(tmp_path):
-    rows = [RoundRow(round=1, virtual_time=1.0, wall_time=1.0, train_loss=1.0)]
-    run = RunResult("x", 1, {"a": StrategyResult("a", summarise(rows), rows)})
-    written = write_plots(run, tmp_path)
-    assert {path.stem for path in written} == {"traffic"}
+    assert {path.stem for path in write_plots(run_of("a", train_loss=1.0), tmp_path)} == {"traffic"}
