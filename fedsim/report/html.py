@@ -175,6 +175,8 @@ def _comparison(run: RunResult) -> str:
     if not rows:
         return "<h2>Comparison</h2><p>No strategies here.</p>"
     columns = [c for c in COLUMNS if all(c.key in row for row in rows.values())]
+    if all(row["state"].value == "done" for row in rows.values()):
+        columns = [c for c in columns if c.key != "state"]
     heads = "".join(
         f'<th scope="col"><button type="button">{escape(text)}</button></th>'
         for text in ("strategy", *(c.heading for c in columns))
@@ -187,7 +189,8 @@ def _comparison(run: RunResult) -> str:
             exact = "" if cell.value is None else escape(str(cell.value))
             text = escape(cell.text)
             if column.key == "state":
-                text = f'<span class="state{"" if text == "done" else " bad"}">{text}</span>'
+                kind = "state" if cell.value == "done" else "state bad"
+                text = f'<span class="{kind}">{text}</span>'
             mark = ' class="best"' if cell.is_best else ""
             cells.append(f'<td data-value="{exact}" title="{exact}"{mark}>{text}</td>')
         lines.append(
