@@ -68,6 +68,7 @@
     if (!traces.length) {
       full.annotations = [{ text: "nothing recorded", showarrow: false, xref: "paper", yref: "paper",
         x: 0.5, y: 0.5, font: { color: variable("--quiet") } }];
+      full.shapes = [];
       full.xaxis = { visible: false };
       full.yaxis = { visible: false };
     }
@@ -87,7 +88,7 @@
       const [scale, unit] = byteUnit(longest);
       return { scale, title: `traffic since the start (${unit})` };
     }
-    return { scale: 1, title: "round" };
+    return { scale: 1, title: "round", dtick: longest <= 10 ? 1 : undefined };
   };
   const where = (s, i) => {
     const parts = [`round ${s.x.round[i]}`, duration(s.x.time[i]), bytes(s.x.bytes[i])];
@@ -151,9 +152,10 @@
         font: { size: 11, color: variable("--quiet") } });
     }
     draw(id, traces, {
-      xaxis: axis({ title: x.title, rangemode: "tozero", showgrid: false, ticks: "outside",
+      xaxis: axis({ title: x.title, dtick: x.dtick, rangemode: "tozero", showgrid: false, ticks: "outside",
         tickcolor: variable("--line"), ticklen: 4 }),
       yaxis: axis({ tickformat: options.ticks, range: rangeOf(key, log),
+        autorangeoptions: options.clip,
         ...(log ? { type: "log", dtick: spansDecades(key) < 3 ? "D2" : 1 } : {}) }),
       shapes, annotations,
     });
@@ -172,13 +174,15 @@
     draw("traffic", traces, {
       barmode: "stack", bargap: 0.35,
       xaxis: axis({ title: `payload (${unit})` }),
-      yaxis: axis({ autorange: "reversed", showgrid: false, zeroline: false, tickvals: shown.map((_, i) => i),
+      yaxis: axis({ range: [Math.max(shown.length, 4) - 0.5, -0.5], showgrid: false, zeroline: false,
+        tickvals: shown.map((_, i) => i),
         ticktext: shown.map((s) => plain(s.name.length > 18 ? s.name.slice(0, 17) + "…" : s.name)) }),
     });
   };
   const drawMeasures = () => {
     drawCurves("accuracy", "eval_accuracy",
-      { format: ".1%", ticks: ".0%", band: "accuracy_std", reached: true });
+      { format: ".1%", ticks: ".0%", band: "accuracy_std", reached: true,
+        clip: { clipmin: 0, clipmax: 1.01 } });
     drawCurves("loss", "eval_loss", { format: ".4~g", ticks: "~g", log: true });
     const sound = data.strategies.filter((s) => s.state !== "diverged");
     const most = largest(sound.map((s) => s.y[view.measure] ?? []));

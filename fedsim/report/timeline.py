@@ -22,6 +22,7 @@ __all__ = [
     "RoundPath",
     "Spans",
     "TimeShare",
+    "Timeline",
     "critical_path",
     "link_states",
     "link_uses",
@@ -34,6 +35,7 @@ __all__ = [
     "telling_rounds",
     "time_share",
     "timeline_notes",
+    "timelines",
 ]
 
 _NEGLIGIBLE = 0.01  # share of the time below which the network does not matter
@@ -243,13 +245,33 @@ def time_share(paths: Sequence[RoundPath]) -> TimeShare:
     )
 
 
-def timeline_notes(shares: dict[str, TimeShare]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The spans of one strategy, and what its rounds waited for."""
+
+    spans: Spans
+    paths: list[RoundPath]
+    share: TimeShare
+
+
+def timelines(run: RunResult) -> dict[str, Timeline]:
+    """Return the timeline of every strategy whose transfers were recorded."""
+    found = {}
+    for name, result in run.strategies.items():
+        spans = spans_of(result)
+        if spans is not None and len(spans.round):
+            paths = round_paths(result, spans)
+            found[name] = Timeline(spans, paths, time_share(paths))
+    return found
+
+
+def timeline_notes(found: dict[str, Timeline]) -> list[str]:
     """Return a warning for each strategy whose time the network does not influence."""
     return [
         f"{name}: the network is not on the critical path; transfers take "
-        f"{format_percent(share.network)} of the time, so links change nothing here."
-        for name, share in shares.items()
-        if share.network < _NEGLIGIBLE and share.compute > 0
+        f"{format_percent(line.share.network)} of the time, so links change nothing here."
+        for name, line in found.items()
+        if line.share.network < _NEGLIGIBLE and line.share.compute > 0
     ]
 
 
@@ -258,8 +280,9 @@ def telling_rounds(paths: Sequence[RoundPath]) -> dict[int, str]:
     if not paths:
         return {}
     by_length = sorted(range(len(paths)), key=lambda i: paths[i].start - paths[i].end)
-    chosen = {by_length[0]: "slowest", by_length[len(by_length) // 2]: "median"}
-    for index, why in ((0, "first"), (len(paths) - 1, "last")):
+    chosen = {by_length[0]: "slowest"}
+    middle = by_length[len(by_length) // 2]
+    for index, why in ((middle, "median"), (0, "first"), (len(paths) - 1, "last")):
         chosen.setdefault(index, why)
     return chosen
 
