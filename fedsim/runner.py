@@ -179,7 +179,7 @@ def build(
     fleet = _build_fleet(world)
     network = _build_network(env, world)
     trainer = _build_trainer(world, data, device)
-    plan = WorkPlan(_local_config(world), data.size)
+    plan = WorkPlan(_local_config(world), data.size, world.seed)
     executor = _build_executor(world, trainer, plan)
     grid = NetworkGrid(
         env,

@@ -362,7 +362,7 @@ class NetworkGrid(Grid):
             device=device,
             kind=meta.message_type,
             pushed=self.env.now,
-            samples=self._work.samples(meta.message_type, cargo.config, device),
+            samples=self._work.samples(message, cargo.config, device),
             bytes_down=cargo.size_bytes,
         )
         known = cargo.reply_bytes

@@ -8,10 +8,11 @@ Nothing here is a SimPy process: a trip is driven by the callbacks of at most th
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import simpy
 
+from fedsim.errors import NetworkError
 from fedsim.network.transfers import Delivery, Network
 
 __all__ = ["Compute", "Trip", "serve"]
@@ -95,9 +96,11 @@ def serve(
     Raises
     ------
     NetworkError
-        If there is no route between server and device.
+        If there is no server, or no route between it and the device.
     """
     env = network.env
+    if network.server is None:
+        raise NetworkError("the network has no server; an exchange by way of it needs one")
     server = network.server
 
     def end(outcome: str) -> None:
@@ -106,7 +109,7 @@ def serve(
         done(trip)
 
     def is_delivered(event: simpy.Event, way: str) -> bool:
-        delivery: Delivery = event.value
+        delivery = cast(Delivery, event.value)
         if delivery.outcome == "delivered":
             return True
         end(f"{delivery.outcome}-{way}")

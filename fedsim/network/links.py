@@ -18,6 +18,7 @@ import numpy as np
 
 from fedsim.errors import ScenarioError
 from fedsim.streams import stream
+from fedsim.units import Duration
 
 __all__ = [
     "Constant",
@@ -167,8 +168,8 @@ class OnOff:
         State at time 0.
     """
 
-    mean_up: float
-    mean_down: float
+    mean_up: Duration
+    mean_down: Duration
     sojourn: Literal["exponential", "fixed"] = "exponential"
     initial: Literal["stationary", "up", "down"] = "stationary"
 
