@@ -21,6 +21,7 @@ def test_keyed_draws_broadcast_and_do_not_depend_on_company():
 
 def test_keyed_draws_are_uniform():
     draws = streams.uniform(1, "check", np.arange(100_000))
-    assert draws.min() >= 0 and draws.max() < 1
+    assert draws.min() >= 0
+    assert draws.max() < 1
     assert abs(draws.mean() - 0.5) < 4 * np.sqrt(1 / 12 / 100_000)
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.015

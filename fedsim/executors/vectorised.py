@@ -1,0 +1,179 @@
+"""All instructions under way as a few large tensor programs, in this process."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+from fedsim.errors import PayloadError
+from fedsim.flower.instructions import WorkPlan, round_of
+from fedsim.flower.records import payload_bytes, stack_records, stacked_record
+from fedsim.learning.config import LocalConfig
+from fedsim.learning.trainer import Trainer
+
+__all__ = ["VectorisedExecutor", "train_or_evaluate"]
+
+
+class VectorisedExecutor:
+    """Computes a batch of instructions by training all their devices together.
+
+    Devices keep no state between instructions: a reply depends on its message alone, whatever
+    else is in the batch. Instructions with different base models or local configs may share one.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        Does the work over a leading device axis.
+    plan : WorkPlan
+        Reads instructions.
+    node_base : int
+        Node id of device 0.
+    """
+
+    is_stateful = False
+
+    def __init__(self, trainer: Trainer, plan: WorkPlan, *, node_base: int) -> None:
+        self._trainer = trainer
+        self._plan = plan
+        self._node_base = node_base
+
+    def reply_bytes(self, message: Message) -> int | None:
+        """Return the dense payload of the reply: a trained model is as large as the one sent."""
+        if message.metadata.message_type.startswith("train"):
+            return payload_bytes(message.content)
+        return 0
+
+    def __call__(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the reply to each message, in the same order.
+
+        Raises
+        ------
+        PayloadError
+            If a message is of a type that devices do not handle, or its arrays do not fit the
+            model.
+        """
+        contents = train_or_evaluate(
+            self._trainer,
+            self._plan,
+            messages,
+            [message.metadata.dst_node_id - self._node_base for message in messages],
+        )
+        return [
+            Message(content, reply_to=message)
+            for content, message in zip(contents, messages, strict=True)
+        ]
+
+
+def train_or_evaluate(
+    trainer: Trainer, plan: WorkPlan, messages: Sequence[Message], devices: Sequence[int]
+) -> list[RecordDict]:
+    """Do what each message asks of its device, as few calls of the trainer as possible.
+
+    Parameters
+    ----------
+    trainer, plan
+        Who works, and who reads the instructions.
+    messages : sequence of Message
+        Types ``train`` and ``evaluate``, with any action.
+    devices : sequence of int
+        The device each message is for.
+
+    Returns
+    -------
+    list of RecordDict
+        The contents of the replies, in the same order (design: a train reply holds `arrays` or
+        `gradients` and `metrics`; an evaluate reply `metrics`).
+    """
+    groups: dict[tuple[str, LocalConfig], list[int]] = defaultdict(list)
+    configs: dict[int, LocalConfig] = {}
+    for i, message in enumerate(messages):
+        action = message.metadata.message_type.partition(".")[0]
+        if action not in ("train", "evaluate"):
+            raise PayloadError(
+                f"message type {message.metadata.message_type!r}: simulated devices handle "
+                "'train' and 'evaluate'"
+            )
+        content = message.content
+        if id(content) not in configs:
+            configs[id(content)] = plan.local_config(content)
+        groups[action, configs[id(content)]].append(i)
+    contents: list[RecordDict] = [RecordDict()] * len(messages)
+    for (action, config), members in groups.items():
+        batch = [messages[i] for i in members]
+        who = np.array([devices[i] for i in members], np.int64)
+        base, rows = _bases(trainer, batch)
+        work = _evaluate if action == "evaluate" else _train
+        for i, content in zip(members, work(trainer, base, rows, who, batch, config), strict=True):
+            contents[i] = content
+    return contents
+
+
+def _bases(trainer: Trainer, batch: Sequence[Message]) -> tuple[torch.Tensor, np.ndarray]:
+    """Return the distinct models sent (V, P), and which of them each message carries."""
+    row_of: dict[int, int] = {}
+    records: list[ArrayRecord] = []
+    rows = np.empty(len(batch), np.int64)
+    for i, message in enumerate(batch):
+        record = _arrays_of(message.content)
+        if id(record) not in row_of:
+            row_of[id(record)] = len(records)
+            records.append(record)
+        rows[i] = row_of[id(record)]
+    layout = trainer.layout
+    for record in records:
+        if list(record) != list(layout.names):
+            raise PayloadError(
+                f"a message carries the arrays {list(record)}, the model has {list(layout.names)}"
+            )
+    return layout.flatten(stack_records(records)), rows
+
+
+def _arrays_of(content: RecordDict) -> ArrayRecord:
+    found = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    if len(found) != 1:
+        raise PayloadError(f"an instruction carries {len(found)} ArrayRecords; it must carry one")
+    return found[0]
+
+
+def _train(
+    trainer: Trainer,
+    base: torch.Tensor,
+    rows: np.ndarray,
+    who: np.ndarray,
+    batch: Sequence[Message],
+    config: LocalConfig,
+) -> list[RecordDict]:
+    rounds = np.array([round_of(message) for message in batch], np.int64)
+    result = trainer.train(base, rows, who, rounds, config)
+    assert result.params is not None
+    stacks = trainer.layout.views(result.params)
+    name = "gradients" if config.mode == "gradient" else "arrays"
+    samples = trainer.data.size[who]
+    return [
+        RecordDict(
+            {
+                name: stacked_record(stacks, i),
+                "metrics": MetricRecord({"num-examples": n, "train_loss": loss}),
+            }
+        )
+        for i, (n, loss) in enumerate(zip(samples.tolist(), result.loss.tolist(), strict=True))
+    ]
+
+
+def _evaluate(
+    trainer: Trainer,
+    base: torch.Tensor,
+    rows: np.ndarray,
+    who: np.ndarray,
+    batch: Sequence[Message],
+    config: LocalConfig,
+) -> list[RecordDict]:
+    loss, accuracy, samples = trainer.evaluate_devices(base, rows, who)
+    return [
+        RecordDict(
+            {"metrics": MetricRecord({"num-examples": n, "eval_loss": x, "eval_accuracy": a})}
+        )
+        for n, x, a in zip(samples.tolist(), loss.tolist(), accuracy.tolist(), strict=True)
+    ]

@@ -1,0 +1,310 @@
+"""Flower arrays as views of stacked tensors, serialised only if somebody asks for bytes.
+
+Flower's `Array` runs `numpy.save` when it is built and `numpy.load` whenever it is read. Here the
+models of all devices of a round are one tensor per layer, `(n_devices, *shape)`, and a reply's
+array is one row of it: `LazyArray` has the attributes `stack` and `row`, knows its size from the
+dtype and shape, and becomes bytes only through `data`.
+
+bfloat16, which numpy and therefore Flower cannot carry, weighs 2 bytes an element here and reads
+as float32.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from functools import cache
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+__all__ = [
+    "LazyArray",
+    "LazyArrayRecord",
+    "array_bytes",
+    "cast_like",
+    "flower_bytes",
+    "payload_bytes",
+    "private_copy",
+    "snapshot",
+    "stack_records",
+    "stacked_record",
+    "template_of",
+]
+
+
+class LazyArray(Array):
+    """A Flower `Array` over a tensor in memory, or over one row of a stacked tensor.
+
+    Parameters
+    ----------
+    stack : Tensor or ndarray
+        The values; with `row`, a stack `(n_devices, *shape)` of which one row is meant.
+    row : int, optional
+        The row of `stack`. Without it the array is `stack` itself and is no part of a stack.
+
+    Attributes
+    ----------
+    stack : Tensor or None
+        The stack this array is a row of.
+    row : int or None
+        Its row.
+    """
+
+    stack: torch.Tensor | None
+    row: int | None
+
+    def __init__(self, stack: torch.Tensor | NDArray[Any], row: int | None = None) -> None:
+        if isinstance(stack, np.ndarray):
+            stack = torch.from_numpy(stack)
+        fields = self.__dict__  # past Array.__setattr__, whose bookkeeping needs `data`
+        fields["stack"] = None if row is None else stack
+        fields["row"] = row
+        fields["_value"] = stack if row is None else None
+        fields["_bytes"] = None
+        fields["dtype"] = str(stack.dtype).removeprefix("torch.")
+        fields["shape"] = tuple(stack.shape if row is None else stack.shape[1:])
+        fields["stype"] = "numpy.ndarray"
+
+    def tensor(self) -> torch.Tensor:
+        """Return the values as a tensor that shares memory with them: do not write to it."""
+        value: torch.Tensor | None = self.__dict__["_value"]
+        return self.__dict__["stack"][self.__dict__["row"]] if value is None else value
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a private, writable copy: strategies write into what they are given."""
+        tensor = self.tensor().detach()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
+        return np.array(tensor.cpu().numpy(), copy=True)
+
+    @property
+    def data(self) -> bytes:
+        """The `.npy` bytes, built when first read."""
+        if self.__dict__["_bytes"] is None:
+            self.__dict__["_bytes"] = Array(self.numpy()).data
+        return bytes(self.__dict__["_bytes"])
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        plain = Array(dtype=self.dtype, shape=self.shape, stype=self.stype, data=value)
+        fields = self.__dict__
+        fields["_bytes"] = value
+        values = plain.numpy() if value else np.empty(self.shape, self.dtype)
+        fields["_value"] = torch.from_numpy(values)
+        fields["stack"] = fields["row"] = None
+
+    def deflate(self) -> bytes:
+        """Return what a plain `Array` of these values deflates to: real grids know only that."""
+        return Array(self.numpy()).deflate()
+
+    def __repr__(self) -> str:
+        return f"LazyArray(dtype={self.dtype}, shape={self.shape})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        mine, theirs = (self.dtype, self.shape), (other.dtype, other.shape)
+        return mine == theirs and self.data == other.data
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Array], tuple[str, tuple[int, ...], str, bytes]]:
+        plain = Array(self.numpy())
+        return Array, (plain.dtype, plain.shape, plain.stype, plain.data)
+
+    def __copy__(self) -> "LazyArray":
+        copied = LazyArray.__new__(LazyArray)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LazyArray":
+        return LazyArray(self.numpy())
+
+
+class LazyArrayRecord(ArrayRecord):
+    """An `ArrayRecord` that keeps lazy arrays lazy (the base class degrades them to bytes)."""
+
+    def __init__(self, arrays: Mapping[str, Array] | None = None) -> None:
+        super().__init__()
+        for key, array in (arrays or {}).items():
+            self[key] = array
+
+    def to_numpy_ndarrays(self, *, keep_input: bool = True) -> list[NDArray[Any]]:
+        """Return private copies of the arrays in order (no serialisation, no `gc.collect`)."""
+        arrays = [array.numpy() for array in self.values()]
+        if not keep_input:
+            self.clear()
+        return arrays
+
+    def to_torch_state_dict(self, *, keep_input: bool = True) -> OrderedDict[str, torch.Tensor]:
+        """Return private copies of the arrays as a PyTorch state dict."""
+        state = OrderedDict((key, torch.from_numpy(a.numpy())) for key, a in self.items())
+        if not keep_input:
+            self.clear()
+        return state
+
+    def count_bytes(self) -> int:
+        """Return what the base class counts, headers and keys included, without serialising."""
+        return sum(
+            len(key) + _header_bytes(array.dtype, tuple(array.shape)) + array_bytes(array)
+            for key, array in self.items()
+        )
+
+    def deflate(self) -> bytes:
+        """Return what a plain `ArrayRecord` of these arrays deflates to."""
+        plain = ArrayRecord()
+        for key, array in self.items():
+            plain[key] = array
+        return plain.deflate()
+
+    def __reduce__(self) -> tuple[type[ArrayRecord], tuple[dict[str, Array]]]:
+        return ArrayRecord, ({key: Array(array.numpy()) for key, array in self.items()},)
+
+
+@cache
+def _header_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the length of the `.npy` header of a C-ordered array."""
+    name = "float32" if dtype == "bfloat16" else dtype
+    header = BytesIO()
+    description = {"descr": np.dtype(name).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.tell()
+
+
+def stacked_record(stacks: Mapping[str, torch.Tensor], row: int) -> LazyArrayRecord:
+    """Return the record whose arrays are row `row` of `stacks`, each `(n_devices, *shape)`."""
+    record = LazyArrayRecord()
+    for key, stack in stacks.items():
+        record[key] = LazyArray(stack, row)
+    return record
+
+
+def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:
+    """Stack records of equal keys and shapes: one tensor `(len(records), *shape)` per key.
+
+    Rows of one common stack are gathered in one indexing operation; anything else is stacked from
+    its values. The result is private to the caller.
+    """
+    stacks = {}
+    for key in records[0]:
+        arrays = [record[key] for record in records]
+        common: torch.Tensor | None = getattr(arrays[0], "stack", None)
+        rows = [a.row for a in arrays if isinstance(a, LazyArray) and a.stack is common]
+        if common is not None and len(rows) == len(arrays):
+            stacks[key] = common.index_select(0, torch.tensor(rows, device=common.device))
+        else:
+            stacks[key] = torch.stack([_tensor(array) for array in arrays])
+    return stacks
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    return array.tensor() if isinstance(array, LazyArray) else torch.from_numpy(array.numpy())
+
+
+def array_bytes(array: Array) -> int:
+    """Return elements × itemsize of an array without serialising it."""
+    itemsize = 2 if array.dtype == "bfloat16" else np.dtype(array.dtype).itemsize
+    return math.prod(array.shape) * itemsize
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Return the dense payload of a message: elements × itemsize of its arrays.
+
+    Metrics and configs weigh nothing (the field's convention); see `flower_bytes`.
+    """
+    return sum(
+        array_bytes(array)
+        for record in content.values()
+        if isinstance(record, ArrayRecord)
+        for array in record.values()
+    )
+
+
+def flower_bytes(content: RecordDict) -> int:
+    """Return what Flower counts: the `count_bytes` of every record, array headers included."""
+    return sum(_count_bytes(record) for record in content.values())
+
+
+def _count_bytes(record: Any) -> int:
+    if isinstance(record, ConfigRecord):  # its count_bytes raises on an empty list
+        filled = {key: value for key, value in record.items() if value != []}
+        empty = sum(len(key) for key in record if key not in filled)
+        return ConfigRecord(filled).count_bytes() + empty
+    return int(record.count_bytes())
+
+
+def snapshot(content: RecordDict) -> RecordDict:
+    """Copy a content so that later changes by its sender are not seen.
+
+    Flower puts one `RecordDict` into all messages of a round and changes its config in the next;
+    a straggler must still read the old one. Array values are shared, they are never written to.
+    """
+    return RecordDict({name: record.copy() for name, record in content.items()})
+
+
+def private_copy(content: RecordDict) -> RecordDict:
+    """Copy a content for one receiver, which may then change it as it likes."""
+    copied = RecordDict()
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            copied[name] = LazyArrayRecord({key: copy(array) for key, array in record.items()})
+        else:
+            copied[name] = record.copy()
+            for key, value in record.items():
+                if isinstance(value, list):
+                    copied[name][key] = list(value)  # type: ignore[assignment]
+    return copied
+
+
+def cast_like(content: RecordDict, template: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Cast float arrays back to the dtype they first had, in place; return how many were cast.
+
+    NumPy 2 turns float32 times a float64 scalar into float64, which doubles the download of
+    several of Flower's strategies from round 2 on. Only float arrays whose key and shape are in
+    `template` (key → (dtype, shape)) are touched.
+    """
+    count = 0
+    for name, record in content.items():
+        if not isinstance(record, ArrayRecord):
+            continue
+        changed = {
+            key: _cast(array, template[key][0])
+            for key, array in record.items()
+            if _drifted(array, template.get(key))
+        }
+        if changed:
+            content[name] = LazyArrayRecord({**record, **changed})
+            count += len(changed)
+    return count
+
+
+def _drifted(array: Array, wanted: tuple[str, tuple[int, ...]] | None) -> bool:
+    return (
+        wanted is not None
+        and array.dtype != wanted[0]
+        and tuple(array.shape) == wanted[1]
+        and array.dtype in ("float16", "float32", "float64")
+    )
+
+
+def _cast(array: Array, dtype: str) -> LazyArray:
+    if dtype == "bfloat16":
+        return LazyArray(torch.from_numpy(array.numpy()).to(torch.bfloat16))
+    values = array.numpy()
+    if np.issubdtype(np.dtype(dtype), np.integer):
+        values = np.rint(values)  # a counter that was averaged
+    return LazyArray(np.asarray(values, dtype))
+
+
+def template_of(records: Iterable[ArrayRecord]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return key → (dtype, shape) of the arrays in `records`."""
+    return {
+        key: (array.dtype, tuple(array.shape))
+        for record in records
+        for key, array in record.items()
+    }

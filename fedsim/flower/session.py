@@ -1,0 +1,343 @@
+"""Starting a strategy: the process-wide state it relies on, one record line a round, early stop.
+
+A line of ``rounds.jsonl`` is closed by each call of `evaluate_fn` with a round of 1 or more; that
+is where Flower's own `Strategy.start` ends a round. A strategy whose `start` never calls it gets
+one line per batch of train instructions instead.
+"""
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import Strategy
+
+from fedsim.errors import NoNodesError
+from fedsim.flower import compat
+from fedsim.flower.grid import NetworkGrid, Traffic
+from fedsim.recorder import RoundRow
+from fedsim.streams import digest
+
+__all__ = ["Evaluation", "Outcome", "StopRule", "check_strategy", "session", "start"]
+
+_DIVERGED_FACTOR = 1000.0
+"""A loss this many times the initial one (or 1, if that is more) is divergence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of one model; None where it has no meaning."""
+
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """When to stop before the last round; the first that holds wins.
+
+    Attributes
+    ----------
+    accuracy : float or None
+        Reached by the evaluation accuracy.
+    time : float or None
+        Virtual seconds.
+    traffic : float or None
+        Bytes in all directions.
+    """
+
+    accuracy: float | None = None
+    time: float | None = None
+    traffic: float | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a strategy's run ended.
+
+    Attributes
+    ----------
+    arrays : ArrayRecord
+        The last model.
+    rounds : int
+        Lines recorded.
+    stopped_by : str or None
+        Which stop rule ended the run: ``accuracy``, ``time`` or ``traffic``.
+    diverged : str or None
+        What diverged, in words; the round is that of the last line.
+    diverged_device : int or None
+        The device whose training diverged first, where one is to blame.
+    """
+
+    arrays: ArrayRecord
+    rounds: int = 0
+    stopped_by: str | None = None
+    diverged: str | None = None
+    diverged_device: int | None = None
+
+
+class _Stop(Exception):  # noqa: N818 - it ends a run, it is no error
+    """Ends `Strategy.start` from inside `evaluate_fn`."""
+
+
+@contextmanager
+def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[None]:
+    """Set what a strategy relies on, and put all of it back afterwards, whatever happens.
+
+    The task identity, the global generators of `random` and numpy (Flower samples nodes with the
+    one and adds privacy noise with the other), the sleep of `sample_nodes` (virtual time instead
+    of wall time), the log level, and the garbage collector: Flower runs a full collection per
+    reply in some strategies, which costs microseconds instead of half a second once everything
+    that was loaded before is frozen.
+    """
+    state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    was_frozen = gc.get_freeze_count()
+    waits = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal waits
+        waits += 1
+        if waits > 10_000:
+            raise NoNodesError(
+                "the strategy has waited 10,000 times for devices to come online: its minimum of "
+                "available nodes is never met at one time"
+            )
+        grid.wait_for_nodes(seconds)
+
+    with ExitStack() as stack:
+        stack.enter_context(compat.identity())
+        stack.enter_context(compat.quiet_flower(verbose=verbose))
+        stack.enter_context(compat.patched_sleep(sleep))
+        random.seed(digest(f"{seed}/node-sampling"))
+        np.random.seed(digest(f"{seed}/numpy-global") & 0xFFFFFFFF)  # noqa: NPY002
+        gc.collect()
+        gc.freeze()
+        try:
+            yield
+        finally:
+            if not was_frozen:
+                gc.unfreeze()
+            np.random.set_state(state[1])  # noqa: NPY002
+            random.setstate(state[0])
+
+
+def check_strategy(strategy: object, n_devices: int) -> None:
+    """Refuse what is no strategy, and one that waits for more nodes than there are.
+
+    Raises
+    ------
+    NoNodesError
+        Names the argument (of the strategy or one that it wraps), its value and the number of
+        devices.
+    TypeError
+        If `strategy` is no Flower strategy.
+    """
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"this makes a {type(strategy).__name__}, not a Flower Strategy")
+    inner: object = strategy
+    while inner is not None:
+        for name in ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"):
+            wanted = getattr(inner, name, 0)
+            if isinstance(wanted, int) and wanted > n_devices:
+                raise NoNodesError(
+                    f"{type(inner).__name__}.{name} is {wanted}, but there are only {n_devices} "
+                    f"devices; lower it to {n_devices} or less, or raise data.devices"
+                )
+        inner = getattr(inner, "strategy", None)
+
+
+def start(
+    strategy: Strategy,
+    grid: NetworkGrid,
+    initial: ArrayRecord,
+    *,
+    rounds: int,
+    seed: int,
+    timeout: float | None = None,
+    train_config: ConfigRecord | None = None,
+    evaluate: Callable[[ArrayRecord], Evaluation] | None = None,
+    evaluate_every: int = 1,
+    record: Callable[[RoundRow], None] = lambda row: None,
+    stop: StopRule | None = None,
+    verbose: bool = False,
+) -> Outcome:
+    """Run any Flower strategy on the grid, recording a line a round.
+
+    Parameters
+    ----------
+    strategy, grid, initial
+        What runs, where, and from which model.
+    rounds : int
+        Rounds asked for.
+    seed : int
+        Seeds node sampling.
+    timeout : float, optional
+        Virtual seconds a round may take; None waits for every reply that can come.
+    train_config : ConfigRecord, optional
+        Given to the strategy, as an app would.
+    evaluate : callable, optional
+        Scores a model on the server, at no virtual time; None leaves evaluation to the devices.
+    evaluate_every : int
+        Rounds between evaluations; the last round is always evaluated.
+    record : callable
+        Gets each line as it is closed.
+    stop : StopRule, optional
+        When to stop early.
+    verbose : bool
+        Let Flower log.
+
+    Returns
+    -------
+    Outcome
+        With the model just evaluated, where a stop rule or divergence ended the run.
+    """
+    check_strategy(strategy, len(grid.fleet))
+    books = _Books(grid, rounds, evaluate, evaluate_every, record, stop or StopRule(), initial)
+    grid.on_train_push = books.close_without_evaluation
+    with session(grid, seed, verbose=verbose):
+        try:
+            result = strategy.start(
+                grid,
+                initial,
+                num_rounds=rounds,
+                timeout=timeout,  # type: ignore[arg-type]
+                train_config=train_config,
+                evaluate_fn=books.evaluate_fn,
+            )
+            if len(result.arrays):
+                books.outcome.arrays = result.arrays
+            books.close_without_evaluation()
+        except _Stop:
+            pass
+        finally:
+            grid.on_train_push = lambda: None
+    return books.outcome
+
+
+class _Books:
+    """Closes one line a round and decides whether to go on."""
+
+    def __init__(
+        self,
+        grid: NetworkGrid,
+        rounds: int,
+        evaluate: Callable[[ArrayRecord], Evaluation] | None,
+        every: int,
+        record: Callable[[RoundRow], None],
+        stop: StopRule,
+        initial: ArrayRecord,
+    ) -> None:
+        self._grid = grid
+        self._rounds = rounds
+        self._evaluate = evaluate
+        self._every = every
+        self._record = record
+        self._stop = stop
+        self._was_called = False  # evaluate_fn, by the strategy's start
+        self._has_batch = False  # a train batch since the last line
+        self._limit = _DIVERGED_FACTOR
+        self._bytes = 0
+        self._wall = time.perf_counter()
+        self.outcome = Outcome(initial)
+
+    def evaluate_fn(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Score the model, close the round's line, and stop the run if it is time."""
+        self._was_called = True
+        self.outcome.arrays = arrays
+        is_due = server_round % self._every == 0 or server_round == self._rounds
+        scores = Evaluation()
+        if self._evaluate is not None and is_due:
+            scores = self._evaluate(arrays)
+        if server_round >= 1:
+            self._close(server_round, scores, arrays)
+        elif scores.loss is not None and math.isfinite(scores.loss):
+            self._limit = _DIVERGED_FACTOR * max(1.0, scores.loss)
+        metrics = MetricRecord()
+        if scores.loss is not None:
+            metrics["eval_loss"] = scores.loss
+        if scores.accuracy is not None:
+            metrics["eval_accuracy"] = scores.accuracy
+        return metrics if metrics else None
+
+    def close_without_evaluation(self) -> None:
+        """Close the line of the last train batch, for a `start` that never evaluates."""
+        if self._has_batch and not self._was_called:
+            self._close(self.outcome.rounds + 1, Evaluation(), None)
+        self._has_batch = True
+
+    def _close(self, server_round: int, scores: Evaluation, arrays: ArrayRecord | None) -> None:
+        traffic = self._grid.take_traffic()
+        self._has_batch = False
+        self._bytes += traffic.bytes_down + traffic.bytes_up
+        spread = None
+        if self._evaluate is None:
+            scores, spread = _of_devices(traffic)
+        train_loss = _mean(traffic.train, "train_loss")
+        row = RoundRow(
+            round=server_round,
+            virtual_time=self._grid.now,
+            wall_time=time.perf_counter() - self._wall,
+            train_loss=train_loss,
+            eval_loss=scores.loss,
+            eval_accuracy=scores.accuracy,
+            accuracy_std=spread,
+            bytes_down=traffic.bytes_down,
+            bytes_up=traffic.bytes_up,
+            messages_sent=traffic.messages_sent,
+            messages_lost=traffic.messages_lost,
+            devices_selected=len(traffic.selected),
+            devices_replied=len(traffic.replied),
+        )
+        self._record(row)
+        self.outcome.rounds += 1
+        self.outcome.stopped_by = self._stop_reason(row)
+        self._check_divergence((scores.loss, train_loss), traffic, arrays)
+        if self.outcome.diverged or self.outcome.stopped_by:
+            raise _Stop
+
+    def _check_divergence(
+        self, losses: Sequence[float | None], traffic: Traffic, arrays: ArrayRecord | None
+    ) -> None:
+        bad = [x for x in losses if x is not None and not x <= self._limit]
+        if bad:
+            self.outcome.diverged = f"the loss is {bad[0]:.3g}"
+        elif arrays is not None and not _is_finite(arrays):
+            self.outcome.diverged = "the model has parameters that are not finite"
+        if self.outcome.diverged:
+            blamed = (d for d, m in traffic.train if not m.get("train_loss", 0.0) <= self._limit)
+            self.outcome.diverged_device = next(blamed, None)
+
+    def _stop_reason(self, row: RoundRow) -> str | None:
+        stop = self._stop
+        if stop.accuracy is not None and (row.eval_accuracy or 0.0) >= stop.accuracy:
+            return "accuracy"
+        if stop.time is not None and row.virtual_time >= stop.time:
+            return "time"
+        if stop.traffic is not None and self._bytes >= stop.traffic:
+            return "traffic"
+        return None
+
+
+def _of_devices(traffic: Traffic) -> tuple[Evaluation, float | None]:
+    """Return the devices' own scores of the model, and the spread of their accuracies."""
+    noted = traffic.evaluate
+    accuracies = [metrics["eval_accuracy"] for _, metrics in noted if "eval_accuracy" in metrics]
+    scores = Evaluation(_mean(noted, "eval_loss"), _mean(noted, "eval_accuracy"))
+    return scores, float(np.std(accuracies)) if accuracies else None
+
+
+def _mean(noted: list[tuple[int, dict[str, float]]], key: str) -> float | None:
+    """Return the mean of one metric over devices, weighted by their examples."""
+    pairs = [(m[key], m.get("num-examples", 1)) for _, m in noted if key in m]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None
+
+
+def _is_finite(arrays: ArrayRecord) -> bool:
+    values = (a.numpy() for a in arrays.values())
+    return all(np.isfinite(v).all() for v in values if v.dtype.kind == "f")

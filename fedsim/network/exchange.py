@@ -1,0 +1,148 @@
+"""Who sends what to whom for one instruction; knows nothing of Flower.
+
+An instruction is a `Trip`: it travels to its device, waits for its turn there, is worked on, and
+its reply travels back. `serve` is the exchange by way of the server, the only kind so far.
+Nothing here is a SimPy process: a trip is driven by the callbacks of at most three events.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import simpy
+
+from fedsim.network.transfers import Delivery, Network
+
+__all__ = ["Compute", "Trip", "serve"]
+
+
+class Compute(Protocol):
+    """What a trip needs to know of the devices."""
+
+    def is_available(self, device: int, time: float) -> bool:
+        """Return whether the device is there at `time`."""
+
+    def occupy(self, device: int, time: float, samples: float) -> tuple[float, float]:
+        """Queue work behind what the device does already; return its start and end (s)."""
+
+
+@dataclass(slots=True, eq=False)
+class Trip:
+    """One instruction and its reply in virtual time.
+
+    Attributes
+    ----------
+    message_id, device, kind
+        The instruction's id, the device it goes to, its type ("train", "evaluate", ...).
+    samples : float
+        Training samples' worth of work at the device.
+    bytes_down, bytes_up : int
+        Payloads; `bytes_up` is known when the work is done.
+    pushed, received, started, computed, finished : float
+        Virtual seconds: handed over by the server, at the device, work begins, work done, reply at
+        the server (or the moment the trip failed). NaN until they happen.
+    outcome : str
+        ``pending``, ``ok``, ``error`` (the app failed), ``offline``, ``lost-down``, ``lost-up``,
+        ``failed-down``, ``failed-up`` (a link broke) or ``expired`` (the reply outlived its TTL).
+    """
+
+    message_id: str
+    device: int
+    kind: str
+    pushed: float
+    samples: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    received: float = math.nan
+    started: float = math.nan
+    computed: float = math.nan
+    finished: float = math.nan
+    outcome: str = "pending"
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether a reply reached the server."""
+        return self.outcome in ("ok", "error")
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no reply will ever come."""
+        return self.outcome != "pending" and not self.has_arrived
+
+
+def serve(
+    network: Network,
+    compute: Compute,
+    trip: Trip,
+    *,
+    reply_bytes: Callable[[Trip], int],
+    done: Callable[[Trip], None],
+) -> None:
+    """Send `trip` from the server to its device, let it work there, and bring the reply back.
+
+    Parameters
+    ----------
+    network, compute
+        Who carries and who works.
+    trip : Trip
+        Its times and outcome are filled in as they happen.
+    reply_bytes : callable
+        Called when the work is done, gives the size of the reply.
+    done : callable
+        Called once, when the reply has arrived or can no longer come.
+
+    Raises
+    ------
+    NetworkError
+        If there is no route between server and device.
+    """
+    env = network.env
+    server = network.server
+
+    def end(outcome: str) -> None:
+        trip.outcome = outcome
+        trip.finished = env.now
+        done(trip)
+
+    def is_delivered(event: simpy.Event, way: str) -> bool:
+        delivery: Delivery = event.value
+        if delivery.outcome == "delivered":
+            return True
+        end(f"{delivery.outcome}-{way}")
+        return False
+
+    def receive(event: simpy.Event) -> None:
+        if not is_delivered(event, "down"):
+            return
+        trip.received = env.now
+        if not compute.is_available(trip.device, env.now):
+            end("offline")
+            return
+        trip.started, trip.computed = compute.occupy(trip.device, env.now, trip.samples)
+        _at(env, trip.computed, reply)
+
+    def reply(_: simpy.Event) -> None:
+        trip.bytes_up = reply_bytes(trip)
+        upload = network.transfer(trip.device, server, trip.bytes_up)
+        _then(upload, arrive)
+
+    def arrive(event: simpy.Event) -> None:
+        if is_delivered(event, "up"):
+            end("ok")
+
+    if compute.is_available(trip.device, env.now):
+        _then(network.transfer(server, trip.device, trip.bytes_down), receive)
+    else:
+        _at(env, env.now, lambda _: end("offline"))
+
+
+def _then(event: simpy.Event, callback: Callable[[simpy.Event], None]) -> None:
+    if event.callbacks is None:  # already happened
+        callback(event)
+    else:
+        event.callbacks.append(callback)
+
+
+def _at(env: simpy.Environment, time: float, callback: Callable[[simpy.Event], None]) -> None:
+    _then(env.timeout(max(time - env.now, 0.0)), callback)

@@ -1,0 +1,749 @@
+"""Names in a scenario and the code behind them.
+
+One table per kind maps a name to an import string; nothing is imported until a scenario uses it.
+Code outside this repository is reached by writing the import string itself, "package.module:name",
+where a name is expected. The arguments that a scenario may give are read from the factory's own
+signature, so adding a strategy, a partitioner or a link model is one line here and no schema.
+
+Parameters that the runner fills in (labels, generators, sizes: see `SUPPLIED`) cannot be set in a
+scenario. A parameter whose type is a Flower strategy takes a mapping with `kind`, which is checked
+and built first; one whose type is a callable takes "package.module:name".
+"""
+
+import difflib
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, is_dataclass
+from functools import partial
+from importlib import import_module
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PydanticSchemaGenerationError,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, SchemaError
+
+from fedsim import units
+from fedsim.errors import FedsimError, ScenarioError
+
+__all__ = [
+    "SUPPLIED",
+    "TABLES",
+    "Entry",
+    "Parameter",
+    "Problem",
+    "arguments_model",
+    "as_mapping",
+    "bind",
+    "build",
+    "check",
+    "import_object",
+    "list_names",
+    "nearest",
+    "parameters",
+    "problems_of",
+    "resolve",
+    "shown",
+    "spec_schema",
+]
+
+IMPORT_STRING = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
+
+TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "strategy": {
+            "bulyan": "strategies.linear:Bulyan",
+            "dp_client_adaptive": "flwr.serverapp.strategy:"
+            "DifferentialPrivacyClientSideAdaptiveClipping",
+            "dp_client_fixed": "flwr.serverapp.strategy:DifferentialPrivacyClientSideFixedClipping",
+            "dp_server_adaptive": "flwr.serverapp.strategy:"
+            "DifferentialPrivacyServerSideAdaptiveClipping",
+            "dp_server_fixed": "flwr.serverapp.strategy:DifferentialPrivacyServerSideFixedClipping",
+            "fedadagrad": "strategies.linear:FedAdagrad",
+            "fedadam": "strategies.linear:FedAdam",
+            "fedavg": "strategies.linear:FedAvg",
+            "fedavgm": "strategies.linear:FedAvgM",
+            "fedmedian": "strategies.linear:FedMedian",
+            "fedprox": "strategies.linear:FedProx",
+            "fedtrimmedavg": "strategies.linear:FedTrimmedAvg",
+            "fedyogi": "strategies.linear:FedYogi",
+            "krum": "strategies.linear:Krum",
+            "multikrum": "strategies.linear:MultiKrum",
+            "qfedavg": "strategies.linear:QFedAvg",
+        },
+        "topology": {"star": "topologies.generators:star"},
+        "link": {
+            "constant": "fedsim.network.links:Constant",
+            "on_off": "fedsim.network.links:OnOff",
+        },
+        "dataset": {
+            "digits": "fedsim.data.datasets:load_digits",
+            "npz": "fedsim.data.datasets:load_npz",
+        },
+        "partition": {
+            "dirichlet": "fedsim.data.partition:partition_dirichlet",
+            "dirichlet_quantity": "fedsim.data.partition:partition_dirichlet_quantity",
+            "iid": "fedsim.data.partition:partition_iid",
+            "natural": "fedsim.data.partition:partition_natural",
+            "pathological": "fedsim.data.partition:partition_pathological",
+            "shards": "fedsim.data.partition:partition_shards",
+        },
+        "model": {
+            "mlp": "fedsim.learning.models:mlp",
+            "softmax": "fedsim.learning.models:softmax",
+        },
+        "executor": {
+            "client_app": "fedsim.scenario:ClientAppExecution",
+            "vectorised": "fedsim.scenario:VectorisedExecution",
+        },
+        "speed": {
+            "class": "fedsim.devices:ClassSpeed",
+            "constant": "fedsim.devices:ConstantSpeed",
+            "lognormal": "fedsim.devices:LognormalSpeed",
+            "uniform": "fedsim.devices:UniformSpeed",
+        },
+        "availability": {
+            "always": "fedsim.devices:Always",
+            "on_off": "fedsim.devices:OnOffAvailability",
+        },
+    }
+)
+"""Kind → name in a scenario → import string."""
+
+SUPPLIED: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "strategy": frozenset(),
+        "topology": frozenset({"bandwidth", "devices", "latency", "rng", "seed", "servers"}),
+        "link": frozenset({"name", "seed"}),
+        "dataset": frozenset({"data_dir", "rng", "seed", "test_fraction"}),
+        "partition": frozenset({"device_ids", "labels", "n_devices", "rng"}),
+        "model": frozenset({"dtype", "input_shape", "n_classes", "seed"}),
+        "executor": frozenset(),
+        "speed": frozenset({"n_devices", "rng", "seed"}),
+        "availability": frozenset({"n_devices", "rng", "seed"}),
+    }
+)
+"""Kind → parameters that the runner fills in, so that a scenario cannot set them."""
+
+_NOUNS: Mapping[str, str] = MappingProxyType(
+    {
+        "availability": "availability model",
+        "dataset": "data set",
+        "link": "link model",
+        "partition": "way to split data",
+        "speed": "speed model",
+    }
+)
+
+_UNIT_NAMES = (
+    (units.Duration, "time"),
+    (units.Size, "size"),
+    (units.Bandwidth, "bandwidth"),
+    (units.Speed, "speed"),
+    (units.FlopRate, "FLOP rate"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong in a scenario: where (keys from the top) and what."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+    def __str__(self) -> str:
+        where = ".".join(map(str, self.path))
+        return f"{where}: {self.message}" if where else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """An argument that a scenario may give.
+
+    Attributes
+    ----------
+    name, type, description : str
+        The key, what may be written there, and what its docstring says about it.
+    is_required : bool
+    default : object
+        None if required.
+    is_nested : bool
+        The value is itself a mapping with `kind`.
+    is_import : bool
+        The value is "package.module:name".
+    annotation : object
+        The type that the value is checked against.
+    """
+
+    name: str
+    type: str
+    description: str
+    is_required: bool
+    default: object
+    is_nested: bool
+    is_import: bool
+    annotation: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One registered name, for listings; `error` says why its code cannot be imported."""
+
+    kind: str
+    name: str
+    target: str
+    summary: str
+    parameters: tuple[Parameter, ...]
+    error: str | None
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice that `word` most probably meant, None if nothing is near."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    near = difflib.get_close_matches(word.casefold(), list(by_folded), n=1, cutoff=0.6)
+    return by_folded[near[0]] if near else None
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return `value` as it would be written in a scenario, cut to `limit` characters."""
+    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def choose(word: str, noun: str, choices: Iterable[str]) -> str:
+    """Return "… is no NOUN; did you mean …? One of: …"."""
+    choices = list(choices)
+    near = nearest(word, choices)
+    meant = f"; did you mean '{near}'?" if near else "."
+    return f"'{word}' is no {noun}{meant} One of: {', '.join(choices)}"
+
+
+def import_object(text: str) -> Any:
+    """Return what "package.module:name" names.
+
+    Raises
+    ------
+    ScenarioError
+        If the text has another form, the module cannot be imported or lacks the name.
+    """
+    if not re.match(IMPORT_STRING, text):
+        raise ScenarioError(f"'{text}' is not of the form 'package.module:name'")
+    module_name, _, attribute = text.partition(":")
+    try:
+        found: Any = import_module(module_name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise ScenarioError(f"cannot import '{text}' ({reason})") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = nearest(part, dir(found))
+            meant = f"; did you mean '{near}'?" if near else ""
+            raise ScenarioError(f"cannot import '{text}': '{module_name}' has no '{part}'{meant}")
+        found = getattr(found, part)
+    return found
+
+
+def resolve(kind: str, name: str) -> Callable[..., Any]:
+    """Return the factory behind a name.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `TABLES`.
+    name : str
+        A registered name, or "package.module:name".
+
+    Raises
+    ------
+    ScenarioError
+        If the name is unknown (the nearest one is suggested) or cannot be imported.
+    """
+    table = TABLES[kind]
+    if ":" not in name and name not in table:
+        hint = "" if kind == "executor" else ", or 'package.module:name' of your own"
+        raise ScenarioError(choose(name, _NOUNS.get(kind, kind), table) + hint)
+    factory = import_object(table.get(name, name))
+    if not callable(factory):
+        raise ScenarioError(f"'{table.get(name, name)}' is not a function or class")
+    return typing.cast(Callable[..., Any], factory)
+
+
+def _check_import(value: str) -> str:
+    try:
+        is_callable = callable(import_object(value))
+    except ScenarioError as error:
+        raise ValueError(str(error)) from error
+    if not is_callable:
+        raise ValueError(f"'{value}' cannot be called")
+    return value
+
+
+_Importable = Annotated[
+    str,
+    AfterValidator(_check_import),
+    WithJsonSchema({"type": "string", "pattern": IMPORT_STRING}),
+]
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation alone."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _is_strategy(annotation: Any) -> bool:
+    """Tell whether a type is Flower's `Strategy`, without importing Flower."""
+    bases = annotation.__mro__ if isinstance(annotation, type) else ()
+    return any(b.__name__ == "Strategy" and b.__module__.startswith("flwr.") for b in bases)
+
+
+def _is_callable_type(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is Callable or annotation is Callable
+
+
+def _readable(annotation: Any) -> Any:
+    """Replace callable types by ones that read import strings."""
+    if _is_callable_type(annotation):
+        return _Importable
+    members = _members(annotation)
+    if len(members) > 1:
+        return typing.Union[tuple(_readable(member) for member in members)]  # noqa: UP007
+    return annotation
+
+
+def _can_be_read(annotation: Any) -> bool:
+    """Tell whether a value of this type can be written in YAML at all."""
+    try:
+        TypeAdapter(annotation)
+    except (PydanticSchemaGenerationError, SchemaError):
+        return False
+    return True
+
+
+def _type_text(annotation: Any) -> str:
+    """Return a type as a user would say it."""
+    for unit, text in _UNIT_NAMES:
+        if annotation == unit:
+            return text
+    members = _members(annotation)
+    if len(members) > 1:
+        return " | ".join(_type_text(member) for member in members)
+    if annotation in (inspect.Parameter.empty, Any):
+        return "any"
+    if annotation is type(None):
+        return "null"
+    if annotation == _Importable:
+        return "package.module:name"
+    if _is_strategy(annotation):
+        return "strategy"
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _type_text(typing.get_args(annotation)[0])
+    if origin is Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if origin is not None:
+        inner = ", ".join(map(_type_text, typing.get_args(annotation)))
+        return f"{origin.__name__}[{inner}]"
+    if annotation is Ellipsis:
+        return "..."
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _descriptions(factory: Callable[..., Any]) -> dict[str, str]:
+    """Return what a numpydoc docstring says about each parameter (and dataclass field)."""
+    bases = reversed(factory.__mro__) if isinstance(factory, type) else (factory,)
+    text = "\n".join(inspect.cleandoc(base.__doc__ or "") for base in bases if base is not object)
+    found: dict[str, list[str]] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(r"(\*?\w+(?:, \w+)*) ?:(?: |$)", line):
+            names = match[1].split(", ")
+            found |= {name: [] for name in names}
+        elif line.startswith("    ") and names:
+            for name in names:
+                found[name].append(line.strip())
+        elif line.strip():
+            names = []
+    return {name: " ".join(lines) for name, lines in found.items() if lines}
+
+
+def parameters(kind: str, name: str) -> tuple[Parameter, ...]:
+    """Return the arguments that a scenario may give to a name, in the factory's order.
+
+    Raises
+    ------
+    ScenarioError
+        As `resolve` does.
+    """
+    factory = resolve(kind, name)
+    supplied = SUPPLIED[kind]
+    described = _descriptions(factory)
+    found = []
+    for each in _signature(factory).parameters.values():
+        if each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL, each.POSITIONAL_ONLY):
+            continue
+        if each.name in supplied:
+            continue
+        annotation = Any if isinstance(each.annotation, str) else each.annotation
+        annotation = Any if annotation is each.empty else _readable(annotation)
+        is_required = each.default is each.empty
+        is_nested = kind == "strategy" and any(map(_is_strategy, _members(annotation)))
+        if not is_nested and not _can_be_read(annotation):
+            if not is_required:
+                continue
+            annotation = Any
+        found.append(
+            Parameter(
+                name=each.name,
+                type=_type_text(annotation),
+                description=described.get(each.name, ""),
+                is_required=is_required,
+                default=None if is_required else each.default,
+                is_nested=is_nested,
+                is_import=_Importable in _members(annotation),
+                annotation=annotation,
+            )
+        )
+    return tuple(found)
+
+
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature, its annotations as types where they can be evaluated."""
+    try:
+        return inspect.signature(factory, eval_str=True)
+    except NameError:  # annotations that exist for type checkers only
+        return inspect.signature(factory)
+    except ValueError:  # a builtin that has none
+        return inspect.Signature()
+
+
+def arguments_model(kind: str, name: str) -> type[BaseModel]:
+    """Return a pydantic model of the arguments that a scenario may give to a name.
+
+    Fields carry the argument names as aliases, because an argument may have a name that pydantic
+    keeps for itself. Nested strategies are left to `check`.
+
+    Raises
+    ------
+    ScenarioError
+        As `resolve` does.
+    """
+    fields: dict[str, tuple[Any, FieldInfo]] = {}
+    for index, parameter in enumerate(parameters(kind, name)):
+        described: dict[str, Any] = {
+            "alias": parameter.name,
+            "description": parameter.description or None,
+        }
+        if not parameter.is_required and _is_plain(parameter.default):
+            described["default"] = parameter.default
+        elif not parameter.is_required:
+            described["default_factory"] = partial(copy, parameter.default)
+        annotation = Any if parameter.is_nested else parameter.annotation
+        if not parameter.is_required and parameter.default is None:
+            annotation = annotation | None
+        fields[f"argument_{index}"] = (annotation, Field(**described))
+    found = _signature(resolve(kind, name)).parameters.values()
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in found)
+    config = ConfigDict(
+        extra="allow" if takes_all else "forbid",
+        strict=True,
+        title=name,
+    )
+    model: type[BaseModel] = create_model("Arguments", __config__=config, **fields)  # type: ignore[call-overload]
+    return model
+
+
+def as_mapping(spec: object) -> dict[str, Any] | None:
+    """Return a part of a scenario as a mapping with `kind`: "iid" is {kind: iid}."""
+    if isinstance(spec, str):
+        return {"kind": spec}
+    if isinstance(spec, Mapping):
+        return dict(spec)
+    return None
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether a default can be written in YAML."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def check(
+    kind: str, spec: object, path: tuple[str | int, ...] = (), *, beside: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Check one part of a scenario, a name or a mapping with `kind` and arguments.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `TABLES`.
+    spec : object
+        What the scenario says.
+    path : tuple
+        Where it says so.
+    beside : iterable of str
+        Keys that may stand beside the arguments and are checked elsewhere, to be suggested.
+
+    Returns
+    -------
+    dict
+        `kind` and all arguments, defaults filled in, as they would be written in YAML. What was
+        given if there are problems.
+    list of Problem
+    """
+    given = as_mapping(spec)
+    if given is None:
+        expected = f"a name or a mapping with 'kind'; names: {', '.join(TABLES[kind])}"
+        return {}, [Problem(path, f"{shown(spec)} should be {expected}")]
+    name = given.pop("kind", None)
+    if not isinstance(name, str):
+        said = "is missing" if name is None else f"{shown(name)} should be text"
+        valid = ", ".join(TABLES[kind])
+        return dict(given), [Problem((*path, "kind"), f"{said}; one of: {valid}")]
+    try:
+        known = {parameter.name: parameter for parameter in parameters(kind, name)}
+        model = arguments_model(kind, name)
+    except ScenarioError as error:
+        is_short = isinstance(spec, str)
+        return {"kind": name} | given, [
+            Problem(path if is_short else (*path, "kind"), str(error)),
+        ]
+    problems: list[Problem] = []
+    for key, parameter in known.items():
+        if parameter.is_nested and given.get(key) is not None:
+            given[key], found = check(kind, given[key], (*path, key))
+            problems += found
+    reserved = SUPPLIED[kind] & given.keys()
+    problems += [
+        Problem((*path, key), f"'{key}' is filled in by fedsim and cannot be set here")
+        for key in sorted(reserved)
+    ]
+    rest = {key: value for key, value in given.items() if key not in reserved}
+    try:
+        arguments = model.model_validate_json(json.dumps(rest))
+    except ValidationError as error:
+        problems += problems_of(error, path, lambda _: (*known, *beside))
+        return {"kind": name} | given, problems
+    unwritable = {
+        f"argument_{index}"
+        for index, (key, parameter) in enumerate(known.items())
+        if key not in given and not _is_plain(parameter.default)
+    }
+    dumped = arguments.model_dump(mode="json", by_alias=True, exclude=unwritable, warnings=False)
+    filled = {"kind": name} | dumped
+    if not problems and is_dataclass(resolve(kind, name)):
+        problems += _refusal(kind, filled, path)
+    return filled, problems
+
+
+def _refusal(kind: str, filled: dict[str, Any], path: tuple[str | int, ...]) -> list[Problem]:
+    """Make a parameter bundle, so that its own checks speak while a scenario is validated."""
+    factory, arguments = _parsed(kind, filled)
+    if SUPPLIED[kind] & _signature(factory).parameters.keys():
+        return []
+    try:
+        factory(**arguments)
+    except (FedsimError, TypeError, ValueError) as error:
+        return [Problem(path, str(error))]
+    return []
+
+
+def problems_of(
+    error: ValidationError,
+    path: tuple[str | int, ...],
+    keys_at: Callable[[tuple[str | int, ...]], Iterable[str]],
+) -> list[Problem]:
+    """Return what pydantic found wrong, in words for the author of a scenario.
+
+    Parameters
+    ----------
+    error : ValidationError
+    path : tuple
+        Where the checked mapping stands.
+    keys_at : callable
+        Valid keys of the mapping at a location (relative to `path`).
+    """
+    found = error.errors(include_url=False)
+    meant = {
+        (*location[:-1], nearest(str(location[-1]), keys_at(location[:-1])))
+        for location in (each["loc"] for each in found if each["type"] == "extra_forbidden")
+    }
+    return [
+        Problem((*path, *each["loc"]), _say(each, keys_at))
+        for each in found
+        if not (each["type"] == "missing" and each["loc"] in meant)
+    ]
+
+
+def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Iterable[str]]) -> str:
+    """Return one finding of pydantic as a sentence that names the value and what is valid."""
+    value, context, location = details["input"], details.get("ctx", {}), details["loc"]
+    match details["type"]:
+        case "extra_forbidden":
+            valid = list(keys_at(location[:-1]))
+            near = nearest(str(location[-1]), valid)
+            meant = f"; did you mean '{near}'?" if near else "."
+            return f"unknown key{meant} Valid: {', '.join(valid) or 'no keys'}"
+        case "missing":
+            return "is missing, and has no default"
+        case "value_error":
+            return str(context["error"])
+        case "literal_error" | "enum":
+            valid = re.findall(r"'([^']*)'", str(context["expected"]))
+            near = nearest(value, valid) if isinstance(value, str) else None
+            meant = f"; did you mean '{near}'?" if near else ""
+            return f"{shown(value)} should be {context['expected']}{meant}"
+        case "union_tag_invalid" if isinstance(value, Mapping):
+            said = shown(value["kind"]) if "kind" in value else "missing"
+            return f"'kind' is {said}; one of: lognormal, uniform, choice"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{shown(value)} should be a mapping (key: value)"
+        case _:
+            said = details["msg"].replace("Input should be", "should be")
+            return f"{shown(value)} {said[0].lower()}{said[1:]}"
+
+
+def bind(kind: str, spec: object) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the factory of one part of a scenario and its arguments, parsed, nested parts built.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `TABLES`.
+    spec : str or mapping
+        A name, or a mapping with `kind` and arguments.
+
+    Raises
+    ------
+    ScenarioError
+        If the arguments are wrong.
+    """
+    filled, problems = check(kind, spec)
+    if problems:
+        raise ScenarioError("; ".join(map(str, problems)))
+    return _parsed(kind, filled)
+
+
+def _parsed(kind: str, filled: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    given = dict(filled)
+    name = given.pop("kind")
+    parsed = arguments_model(kind, name).model_validate_json(json.dumps(given))
+    arguments = dict(parsed.model_extra or {})
+    for parameter, field in zip(parameters(kind, name), type(parsed).model_fields, strict=True):
+        if field not in parsed.model_fields_set:
+            continue
+        value = getattr(parsed, field)
+        if parameter.is_nested and value is not None:
+            value = build(kind, value)
+        elif parameter.is_import and isinstance(value, str):
+            value = import_object(value)
+        arguments[parameter.name] = value
+    return resolve(kind, name), arguments
+
+
+def build(kind: str, spec: object, /, **supplied: Any) -> Any:
+    """Call the factory of one part of a scenario, nested parts first.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `TABLES`.
+    spec : str or mapping
+        A name, or a mapping with `kind` and arguments.
+    **supplied
+        What the runner fills in; passed on where the factory has such a parameter.
+
+    Raises
+    ------
+    ScenarioError
+        If the arguments are wrong, or the factory refuses them.
+    """
+    factory, arguments = bind(kind, spec)
+    takes = _signature(factory).parameters
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    arguments |= {key: value for key, value in supplied.items() if takes_all or key in takes}
+    try:
+        return factory(**arguments)
+    except (FedsimError, TypeError, ValueError) as error:
+        name = (as_mapping(spec) or {})["kind"]
+        raise ScenarioError(f"{kind} '{name}': {error}") from error
+
+
+def list_names(kind: str) -> list[Entry]:
+    """Return the registered names of one kind with their arguments, sorted by name."""
+    return [_entry(kind, name, target) for name, target in sorted(TABLES[kind].items())]
+
+
+def _entry(kind: str, name: str, target: str) -> Entry:
+    try:
+        summary = inspect.cleandoc(resolve(kind, name).__doc__ or "").partition("\n")[0]
+        return Entry(kind, name, target, summary, parameters(kind, name), None)
+    except ScenarioError as error:
+        return Entry(kind, name, target, "", (), str(error))
+
+
+def spec_schema(kind: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the JSON Schema of one part: a name, or a mapping with `kind` and arguments.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `TABLES`.
+    extra : mapping
+        Property schemas that stand beside the arguments.
+    """
+    entries = [entry for entry in list_names(kind) if entry.error is None]
+    bare = [e.name for e in entries if not any(p.is_required for p in e.parameters)]
+    choices: list[dict[str, Any]] = [{"enum": bare, "description": f"the name of a {kind}"}]
+    choices += [_entry_schema(entry, extra or {}) for entry in entries]
+    if kind == "executor":
+        return {"anyOf": choices}
+    own = {"type": "string", "pattern": IMPORT_STRING}
+    choices += [
+        own | {"description": f"your own {kind}, as 'package.module:name'"},
+        {
+            "type": "object",
+            "title": "your own",
+            "properties": {"kind": own} | dict(extra or {}),
+            "required": ["kind"],
+        },
+    ]
+    return {"anyOf": choices}
+
+
+def _entry_schema(entry: Entry, extra: Mapping[str, Any]) -> dict[str, Any]:
+    model = arguments_model(entry.kind, entry.name)
+    schema = model.model_json_schema(by_alias=True)
+    properties = {
+        key: {k: v for k, v in value.items() if k != "title"}
+        for key, value in schema.get("properties", {}).items()
+    }
+    for parameter in entry.parameters:
+        if parameter.is_nested:
+            properties[parameter.name] = {"$ref": f"#/$defs/{entry.kind}"}
+    return {
+        "type": "object",
+        "title": entry.name,
+        "description": entry.summary,
+        "properties": {"kind": {"const": entry.name}} | dict(extra) | properties,
+        "required": ["kind", *schema.get("required", [])],
+        "additionalProperties": bool(schema.get("additionalProperties", False)),
+        **({"$defs": schema["$defs"]} if "$defs" in schema else {}),
+    }

@@ -1,0 +1,638 @@
+"""From a scenario to a run: the only place where the parts meet.
+
+`build` connects one strategy with its world, nothing started; `run` does that for every strategy
+of a scenario and writes the records.
+"""
+
+import logging
+import multiprocessing
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from fedsim import registry
+from fedsim.data.datasets import hold_out
+from fedsim.data.federated import FederatedData, federate
+from fedsim.devices import DeviceFleet
+from fedsim.errors import FedsimError, NoNodesError, ScenarioError
+from fedsim.executors.clientapp import ClientAppExecutor, device_app
+from fedsim.executors.vectorised import VectorisedExecutor
+from fedsim.flower.compat import quiet_flower
+from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
+from fedsim.flower.instructions import WorkPlan, training_config
+from fedsim.flower.records import array_bytes
+from fedsim.flower.server import initial_arrays, save_arrays, score
+from fedsim.flower.session import Outcome, StopRule, check_strategy, start
+from fedsim.learning.config import LocalConfig
+from fedsim.learning.models import build_model
+from fedsim.learning.threads import one_thread
+from fedsim.learning.trainer import Trainer
+from fedsim.network import Network, star_network
+from fedsim.recorder import (
+    NetworkWorld,
+    Recorder,
+    RoundRow,
+    World,
+    summarise,
+    write_summary,
+    write_world,
+)
+from fedsim.report.html import write_report
+from fedsim.results import RunResult, StrategyResult, load_run, strategy_result
+from fedsim.scenario import Scenario, draw, load_scenario
+from fedsim.streams import stream
+
+__all__ = ["Progress", "RunError", "Simulation", "build", "run"]
+
+_log = logging.getLogger(__name__)
+
+FloatArray = NDArray[np.float64]
+State = Literal["running", "done", "diverged", "failed"]
+
+
+class RunError(FedsimError):
+    """A strategy could not be run to its end; the others were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one strategy is.
+
+    Attributes
+    ----------
+    strategy : str
+    round, rounds : int
+        Done, and asked for.
+    virtual_time : float
+        Seconds.
+    accuracy : float or None
+        The last one known.
+    bytes_total : int
+        In all directions, so far.
+    state : {"running", "done", "diverged", "failed"}
+    message : str
+        Why it diverged or failed.
+    """
+
+    strategy: str
+    round: int
+    rounds: int
+    virtual_time: float
+    accuracy: float | None
+    bytes_total: int
+    state: State
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """One strategy and its world, connected, nothing started.
+
+    Attributes
+    ----------
+    scenario : Scenario
+        As this strategy sees it, its overrides applied.
+    name : str
+        The strategy's name.
+    strategy : flwr.serverapp.strategy.Strategy
+    """
+
+    scenario: Scenario
+    name: str
+    env: simpy.Environment
+    network: Network
+    fleet: DeviceFleet
+    trainer: Trainer
+    executor: Executor
+    grid: NetworkGrid
+    strategy: Any
+
+    def run(self, record: Callable[[RoundRow], None] = lambda row: None) -> Outcome:
+        """Run the strategy to its end, handing over each line as it is closed."""
+        scenario = self.scenario
+        stop, on = scenario.stop, scenario.evaluation.on
+        return start(
+            self.strategy,
+            self.grid,
+            initial_arrays(self.trainer),
+            rounds=scenario.rounds,
+            seed=scenario.seed,
+            timeout=scenario.round_timeout,
+            train_config=training_config(_local_config(scenario)),
+            evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
+            evaluate_every=scenario.evaluation.every,
+            record=record,
+            stop=StopRule(stop.accuracy, stop.time, stop.traffic) if stop else None,
+        )
+
+
+# --- building -------------------------------------------------------------------------------------
+
+
+def build(
+    scenario: Scenario,
+    strategy: str | None = None,
+    *,
+    device: str = "auto",
+    data_dir: Path | None = None,
+) -> Simulation:
+    """Connect one strategy of a scenario with its world.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    strategy : str, optional
+        Its name; may be left out where there is only one.
+    device : str
+        Where tensors live: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+    data_dir : Path, optional
+        Where data files are looked for.
+
+    Raises
+    ------
+    ScenarioError
+        If the parts do not fit together.
+    """
+    names = list(scenario.strategies)
+    if strategy is None and len(names) == 1:
+        strategy = names[0]
+    if strategy not in scenario.strategies:
+        raise ScenarioError(f"strategies: name one of {', '.join(names)}, not {strategy!r}")
+    world = scenario.strategy_world(strategy)
+    data = _load_data(_Key(world.data, world.seed), data_dir)
+    if world.evaluation.on == "validation" and data.x_validation is None:
+        raise ScenarioError(
+            "evaluation.on: 'validation' needs data.validation_fraction above 0 "
+            f"(it is {world.data.validation_fraction})"
+        )
+    env = simpy.Environment()
+    fleet = _build_fleet(world)
+    network = _build_network(env, world)
+    trainer = _build_trainer(world, data, device)
+    plan = WorkPlan(_local_config(world), data.size)
+    executor = _build_executor(world, trainer, plan)
+    grid = NetworkGrid(
+        env,
+        network,
+        fleet,
+        executor,
+        plan,
+        loss_reply=world.network.loss_reply,
+        header_bytes=world.network.header_bytes,
+        accounting=world.network.accounting,
+        free_evaluation=world.evaluation.cost == "free",
+    )
+    with quiet_flower():
+        made = registry.build("strategy", world.strategies[strategy].spec())
+    try:
+        check_strategy(made, len(fleet))
+    except (NoNodesError, TypeError) as error:
+        raise ScenarioError(f"strategies.{strategy}: {error}") from error
+    return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """Data of a scenario, compared by what is written there."""
+
+    data: Any
+    seed: int
+
+    def __hash__(self) -> int:
+        return hash((self.data.model_dump_json(), self.seed))
+
+
+@lru_cache(maxsize=2)
+def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
+    """Load and split the data once for all strategies of a comparison."""
+    data, seed = key.data, key.seed
+    dataset = registry.build(
+        "dataset",
+        data.dataset.spec(),
+        test_fraction=data.test_fraction,
+        seed=seed,
+        data_dir=data_dir,
+    )
+    if data.validation_fraction:
+        dataset = hold_out(dataset, validation_fraction=data.validation_fraction, seed=seed)
+    parts = registry.build(
+        "partition",
+        data.partition.spec(),
+        labels=dataset.y_train,
+        n_devices=data.devices,
+        rng=stream(seed, "partition"),
+        device_ids=dataset.device_train,
+    )
+    return federate(dataset, parts)
+
+
+def _build_fleet(scenario: Scenario) -> DeviceFleet:
+    n_devices, seed = scenario.data.devices, scenario.seed
+    speed = registry.build("speed", scenario.devices.speed.spec())
+    availability = registry.build("availability", scenario.devices.availability.spec())
+    return DeviceFleet(speed.sample(n_devices, seed), availability.start(n_devices, seed))
+
+
+def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return uplink and downlink (bit/s) and one-way latency (s) of each device of a star."""
+    topology, n_devices, seed = scenario.topology, scenario.data.devices, scenario.seed
+    up = topology.bandwidth if topology.uplink is None else topology.uplink
+    down = topology.bandwidth if topology.downlink is None else topology.downlink
+    return (
+        draw(up, n_devices, stream(seed, "uplink")),
+        draw(down, n_devices, stream(seed, "downlink")),
+        draw(topology.latency, n_devices, stream(seed, "latency")),
+    )
+
+
+def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
+    topology = scenario.topology
+    if topology.kind != "star":
+        raise ScenarioError(f"topology.kind: {topology.kind!r} is not available; use 'star'")
+    up, down, latency = _access_links(scenario)
+    return star_network(
+        env,
+        uplink_bps=up,
+        downlink_bps=down,
+        latency=latency,
+        server_up_bps=topology.server_bandwidth,
+        server_down_bps=topology.server_bandwidth,
+        link_model=registry.build("link", scenario.links.spec()),
+        seed=scenario.seed,
+        message_loss=scenario.network.message_loss,
+        link_down=scenario.network.link_down,
+    )
+
+
+def _build_trainer(scenario: Scenario, data: FederatedData, device: str) -> Trainer:
+    factory, arguments = registry.bind("model", scenario.model.spec())
+    model = build_model(factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments)
+    chunk = scenario.executor.arguments.get("chunk")
+    return Trainer(model, data, seed=scenario.seed, chunk=chunk, device=device)
+
+
+def _local_config(scenario: Scenario) -> LocalConfig:
+    training = scenario.training.model_dump(exclude_none=True)
+    return LocalConfig(**training)
+
+
+def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Executor:
+    if scenario.executor.kind == "vectorised":
+        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
+    app = registry.build("executor", scenario.executor.spec()).app
+    if app is None:
+        app = device_app(trainer, plan)
+    return ClientAppExecutor(app, scenario.data.devices, node_base=NODE_BASE)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(
+    scenario: Scenario,
+    out: Path | str | None = None,
+    *,
+    jobs: int = 1,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> RunResult:
+    """Run every strategy of a scenario in the same world, and write the records.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        From `fedsim.load_scenario`.
+    out : Path, optional
+        The directory to write (see the file contract in docs); None keeps everything in memory.
+    jobs : int
+        Strategies to run side by side, in processes; the files are the same.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    data_dir : Path, optional
+        Where data files are looked for.
+    resume : bool
+        Keep the strategies that `out` has complete, under the same scenario; run the others.
+    force : bool
+        Replace an earlier run in `out`.
+    progress : callable
+        Called after each round of each strategy, in this process.
+
+    Returns
+    -------
+    RunResult
+
+    Raises
+    ------
+    ScenarioError
+        If the scenario or `out` cannot be used; nothing is written then.
+    RunError
+        If a strategy failed; all the others are complete and on disk.
+    """
+    if jobs < 1:
+        raise ScenarioError(f"jobs: {jobs} is not at least 1")
+    out = None if out is None else Path(out)
+    names = list(scenario.strategies)
+    with one_thread():
+        simulations = {
+            name: build(scenario, name, device=device, data_dir=data_dir) for name in names
+        }
+        finished: dict[str, StrategyResult] = {}
+        if out is not None:
+            finished = _prepare(scenario, out, resume=resume, force=force)
+            _write_world(out / "world.json", scenario, simulations)
+        runs = _Runs(scenario, out, finished)
+        todo = [name for name in names if name not in finished]
+        if jobs == 1 or len(todo) < 2:
+            for name in todo:
+                runs.note(name, *_run_one(simulations.pop(name), out, progress))
+        else:
+            simulations.clear()
+            settings = (scenario, out, device, data_dir)
+            _run_in_processes(runs, todo, min(jobs, len(todo)), settings, progress)
+    result = runs.result()
+    if out is not None:
+        write_report(out)
+    if runs.failures:
+        failed = "; ".join(f"{name}: {why}" for name, why in runs.failures.items())
+        raise RunError(f"{failed}. Every other strategy is complete.")
+    return result
+
+
+class _Runs:
+    """What has been run so far; `summary.json` is replaced after each strategy."""
+
+    def __init__(
+        self, scenario: Scenario, out: Path | None, finished: Mapping[str, StrategyResult]
+    ) -> None:
+        self._scenario = scenario
+        self._out = out
+        self._results = dict(finished)
+        self.failures: dict[str, str] = {}
+        self._save()
+
+    def note(self, name: str, result: StrategyResult | None, failure: str) -> None:
+        """Take up the end of one strategy."""
+        if result is not None:
+            self._results[name] = result
+        if failure:
+            self.failures[name] = failure
+        self._save()
+
+    def _ordered(self) -> dict[str, StrategyResult]:
+        return {n: self._results[n] for n in self._scenario.strategies if n in self._results}
+
+    def _save(self) -> None:
+        if self._out is not None:
+            write_summary(
+                self._out / "summary.json",
+                name=self._scenario.name,
+                seed=self._scenario.seed,
+                versions=_versions(),
+                strategies={name: r.summary for name, r in self._ordered().items()},
+            )
+
+    def result(self) -> RunResult:
+        if self._out is not None:
+            return load_run(self._out)
+        return RunResult(
+            name=self._scenario.name,
+            seed=self._scenario.seed,
+            strategies=self._ordered(),
+            versions=_versions(),
+            scenario=self._scenario.to_yaml(_versions()),
+        )
+
+
+def _run_one(
+    simulation: Simulation, out: Path | None, progress: Callable[[Progress], None]
+) -> tuple[StrategyResult | None, str]:
+    """Run one strategy; return its result, or why it failed."""
+    scenario, name = simulation.scenario, simulation.name
+    accuracy: float | None = None
+    traffic = 0
+
+    def tell(row: RoundRow | None, state: State, message: str = "") -> None:
+        rounds, now = scenario.rounds, simulation.env.now
+        number = row.round if row is not None else 0
+        progress(Progress(name, number, rounds, now, accuracy, traffic, state, message))
+
+    with Recorder(out, name, transfers=scenario.record.transfers) as recorder:
+
+        def record(row: RoundRow) -> None:
+            nonlocal accuracy, traffic
+            recorder.round(row)
+            traffic += row.bytes_total
+            accuracy = accuracy if row.eval_accuracy is None else row.eval_accuracy
+            tell(row, "running")
+
+        tell(None, "running")
+        try:
+            outcome = simulation.run(record)
+        except Exception as error:  # of the strategy, which may be anybody's code
+            _log.debug("strategy %s failed", name, exc_info=True)
+            why = str(error) if isinstance(error, FedsimError) else repr(error)
+            tell(recorder.rows[-1] if recorder.rows else None, "failed", why)
+            return None, why
+        target = scenario.evaluation.target
+        if target is None and scenario.stop is not None:
+            target = scenario.stop.accuracy
+        summary = summarise(
+            recorder.rows,
+            target=target,
+            diverged=outcome.diverged is not None,
+            diverged_device=outcome.diverged_device,
+        )
+        if recorder.directory is not None:
+            save_arrays(recorder.directory / "model.safetensors", outcome.arrays)
+        last = recorder.rows[-1] if recorder.rows else None
+        tell(last, "diverged" if outcome.diverged else "done", outcome.diverged or "")
+    return strategy_result(recorder, summary), ""
+
+
+def _run_in_processes(
+    runs: _Runs,
+    names: Sequence[str],
+    jobs: int,
+    settings: tuple[Scenario, Path | None, str, Path | None],
+    progress: Callable[[Progress], None],
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(jobs, mp_context=context) as pool,
+    ):
+        queue = manager.Queue()
+        futures = {pool.submit(_work, settings, name, queue): name for name in names}
+        pending = set(futures)
+        try:
+            while pending or not queue.empty():
+                while not queue.empty():
+                    progress(queue.get())
+                done = {future for future in pending if future.done()}
+                for future in sorted(done, key=lambda f: names.index(futures[f])):
+                    runs.note(futures[future], *future.result())
+                pending -= done
+                if pending and not done:
+                    wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _work(
+    settings: tuple[Scenario, Path | None, str, Path | None], name: str, queue: Any
+) -> tuple[StrategyResult | None, str]:
+    """Run one strategy in a process of its own."""
+    scenario, out, device, data_dir = settings
+    with one_thread():
+        simulation = build(scenario, name, device=device, data_dir=data_dir)
+        return _run_one(simulation, out, queue.put)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _prepare(
+    scenario: Scenario, out: Path, *, resume: bool, force: bool
+) -> dict[str, StrategyResult]:
+    """Make `out` ready; return the strategies that a resumed run keeps."""
+    text = scenario.to_yaml(_versions())
+    finished: dict[str, StrategyResult] = {}
+    if out.exists() and not out.is_dir():
+        raise ScenarioError(f"--out: {out} is not a directory")
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            if resume:
+                finished = _finished(scenario, out)
+            elif force:
+                _remove_run(out)
+            else:
+                raise ScenarioError(
+                    f"--out: {out} exists and is not empty; give --resume to go on with the run "
+                    "in it, --force to replace it, or another directory"
+                )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "scenario.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ScenarioError(f"--out: cannot write {out}: {error.strerror}") from error
+    return finished
+
+
+def _finished(scenario: Scenario, out: Path) -> dict[str, StrategyResult]:
+    """Return the complete strategies of an earlier run of the same scenario."""
+    earlier = load_run(out)
+    before = load_scenario(out / "scenario.yaml").resolved()
+    if before != scenario.resolved():
+        changed = _first_difference(before, scenario.resolved())
+        raise ScenarioError(
+            f"--resume: {out} holds a run of another scenario (first difference: {changed}); "
+            "give --force to replace it, or another directory"
+        )
+    kept = earlier.strategies.items()
+    return {name: r for name, r in kept if r.complete and name in scenario.strategies}
+
+
+def _first_difference(before: Any, after: Any, path: str = "") -> str:
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return f"{path or 'the whole file'}: {before!r}, now {after!r}"
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key):
+            where = f"{path}.{key}" if path else str(key)
+            return _first_difference(before.get(key), after.get(key), where)
+    return "none"
+
+
+def _remove_run(out: Path) -> None:
+    """Remove the files of an earlier run, and nothing else that may lie beside them."""
+    for path in out.iterdir():
+        if path.is_dir() and (path.name == "plots" or (path / "rounds.jsonl").exists()):
+            shutil.rmtree(path)
+        elif path.name in ("scenario.yaml", "summary.json", "world.json", "report.html"):
+            path.unlink()
+
+
+@lru_cache
+def _versions() -> dict[str, str]:
+    from fedsim import __version__
+
+    packages = ("flwr", "torch", "numpy", "simpy")
+    found = {name: version(name) for name in packages}
+    return {"fedsim": __version__, "python": platform.python_version()} | found
+
+
+def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
+    first = next(iter(simulations.values()))
+    data, layout = first.trainer.data, first.trainer.layout
+    target = scenario.evaluation.target or (scenario.stop.accuracy if scenario.stop else None)
+    write_world(
+        path,
+        World(
+            name=scenario.name,
+            seed=scenario.seed,
+            strategies=list(scenario.strategies),
+            rounds=scenario.rounds,
+            target=target,
+            dataset=_in_words(scenario.data.dataset.spec()),
+            partition=_in_words(scenario.data.partition.spec()),
+            classes=data.n_classes,
+            test_samples=len(data.y_test),
+            model=_in_words(scenario.model.spec()),
+            parameters=layout.size,
+            model_bytes=sum(map(array_bytes, initial_arrays(first.trainer).values())),
+            samples=data.size,
+            label_counts=data.label_counts() if data.n_classes else None,
+            speed=first.fleet.speed,
+            availability=_in_words(scenario.devices.availability.spec()),
+            networks=_networks(simulations),
+        ),
+    )
+
+
+def _networks(simulations: Mapping[str, Simulation]) -> list[NetworkWorld]:
+    """Describe each different network of the comparison once."""
+    users: dict[str, list[str]] = {}
+    for name, simulation in simulations.items():
+        world = simulation.scenario
+        key = world.model_dump_json(include={"topology", "links", "network"})
+        users.setdefault(key, []).append(name)
+    described = []
+    for names in users.values():
+        world = simulations[names[0]].scenario
+        up, down, latency = _access_links(world)
+        described.append(
+            NetworkWorld(
+                strategies=names,
+                topology=world.topology.kind,
+                servers=1,
+                links=2 * world.data.devices,
+                uplink_bps=up,
+                downlink_bps=down,
+                latency=latency,
+                server_uplink_bps=world.topology.server_bandwidth,
+                server_downlink_bps=world.topology.server_bandwidth,
+                variation=_in_words(world.links.spec()),
+                message_loss=world.network.message_loss,
+            )
+        )
+    return described
+
+
+def _in_words(spec: Mapping[str, Any]) -> str:
+    """Return "kind (argument value, ...)" for a part of a scenario."""
+    arguments = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "kind" and v is not None)
+    return f"{spec['kind']} ({arguments})" if arguments else str(spec["kind"])

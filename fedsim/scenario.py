@@ -1,0 +1,876 @@
+"""What a scenario file may say: strict models, checked whole, with every default filled in.
+
+Decision: everything is checked before anything is built, and all problems are reported together.
+Arguments of parts chosen by name (`fedsim.registry`) are checked against the code they name, so the
+resolved scenario spells out every default, those of Flower's strategies included.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from fedsim import registry
+from fedsim.document import Document, Place, read_document, read_value, write_yaml
+from fedsim.errors import ScenarioError
+from fedsim.registry import Problem
+from fedsim.units import Bandwidth, Duration, Size
+
+__all__ = [
+    "ClientAppExecution",
+    "Data",
+    "Devices",
+    "Evaluation",
+    "NetworkOptions",
+    "Quantity",
+    "Record",
+    "Scenario",
+    "Spec",
+    "Stop",
+    "StrategyEntry",
+    "Topology",
+    "Training",
+    "VectorisedExecution",
+    "draw",
+    "json_schema",
+    "load_scenario",
+]
+
+FloatArray = NDArray[np.float64]
+
+_STRATEGY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TAKEN_NAMES = frozenset({"plots", "report.html", "scenario.yaml", "summary.json", "world.json"})
+_EITHER_OR = {"local_epochs": "local_steps", "local_steps": "local_epochs"}
+
+
+class _Section(BaseModel):
+    """A mapping of the scenario: nothing unknown, nothing converted, nothing changed later."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class Spec(_Section):
+    """A part chosen by name: `kind`, and the arguments of what it names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as they are written in YAML."""
+        return dict(self.model_extra or {})
+
+    def spec(self) -> dict[str, Any]:
+        """Return `kind` and arguments, as `fedsim.registry.build` takes them."""
+        return {"kind": self.kind} | self.arguments
+
+
+# ── quantities that may differ between devices ──────────────────────────────────────────────────
+
+QuantityT = TypeVar("QuantityT")
+
+
+class Lognormal(_Section, Generic[QuantityT]):
+    """Spread lognormally around a median."""
+
+    kind: Literal["lognormal"]
+    median: QuantityT
+    sigma: float = Field(ge=0)
+    """Spread of the logarithm: 0.5 puts 95 % within a factor 2.7 of the median."""
+
+
+class Uniform(_Section, Generic[QuantityT]):
+    """Uniform between two values."""
+
+    kind: Literal["uniform"]
+    low: QuantityT
+    high: QuantityT
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if cast(float, self.low) > cast(float, self.high):
+            raise ValueError("low is above high")
+        return self
+
+
+class Choice(_Section, Generic[QuantityT]):
+    """Each device draws one of several values, all equally likely."""
+
+    kind: Literal["choice"]
+    values: tuple[QuantityT, ...] = Field(min_length=1)
+
+
+_DISTRIBUTIONS = ("quantity", "lognormal", "uniform", "choice")
+
+
+def _distribution(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("kind"))
+    return value.kind if isinstance(value, Lognormal | Uniform | Choice) else "quantity"
+
+
+_Rate = Annotated[Bandwidth, Field(gt=0)]
+_Rates = Annotated[
+    Annotated[_Rate, Tag("quantity")]
+    | Annotated[Lognormal[_Rate], Tag("lognormal")]
+    | Annotated[Uniform[_Rate], Tag("uniform")]
+    | Annotated[Choice[_Rate], Tag("choice")],
+    Discriminator(_distribution),
+]
+_Durations = Annotated[
+    Annotated[Duration, Tag("quantity")]
+    | Annotated[Lognormal[Duration], Tag("lognormal")]
+    | Annotated[Uniform[Duration], Tag("uniform")]
+    | Annotated[Choice[Duration], Tag("choice")],
+    Discriminator(_distribution),
+]
+Quantity = float | Lognormal[Any] | Uniform[Any] | Choice[Any]
+"""One value for all devices, or how the values of the devices are spread (base units)."""
+
+
+def draw(quantity: Quantity, n: int, rng: np.random.Generator) -> FloatArray:
+    """Return the value of each of `n` devices.
+
+    Parameters
+    ----------
+    quantity : float, Lognormal, Uniform or Choice
+    n : int
+        How many values.
+    rng : numpy.random.Generator
+        Not used where all values are equal.
+
+    Returns
+    -------
+    ndarray of float64, shape (n,)
+        In the quantity's own base unit (bit/s or s).
+    """
+    match quantity:
+        case Lognormal(median=median, sigma=sigma):
+            values = median * np.exp(sigma * rng.standard_normal(n))
+        case Uniform(low=low, high=high):
+            values = rng.uniform(low, high, n)
+        case Choice(values=options):
+            values = np.asarray(options, np.float64)[rng.integers(len(options), size=n)]
+        case _:
+            values = np.full(n, quantity, np.float64)
+    return np.asarray(values, np.float64)
+
+
+# ── sections of a scenario ──────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class VectorisedExecution:
+    """All devices that wait are trained together, in this process, over stacked parameters.
+
+    Parameters
+    ----------
+    chunk : int, optional
+        Devices trained at once; fewer need less memory. By default as many as fit. Results do not
+        depend on it.
+    """
+
+    chunk: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientAppExecution:
+    """An ordinary Flower `ClientApp` is called for each device, in this process.
+
+    Parameters
+    ----------
+    app : callable, optional
+        The `ClientApp`, as "package.module:name". By default fedsim's own, which does the same
+        work as `vectorised`, one device at a time.
+    """
+
+    app: Callable[..., Any] | None = None
+
+
+class Stop(_Section):
+    """Ends a strategy before its last round; whichever comes first."""
+
+    accuracy: float | None = Field(default=None, gt=0, le=1)
+    """Evaluation accuracy reached."""
+    time: Annotated[Duration, Field(gt=0)] | None = None
+    """Virtual time passed."""
+    traffic: Annotated[Size, Field(gt=0)] | None = None
+    """Bytes sent by server and devices together."""
+
+
+class Data(_Section):
+    """What is learned from, and who holds what."""
+
+    dataset: Spec = Spec(kind="digits")
+    """The data set: a name or a mapping with `kind`."""
+    devices: int = Field(ge=1)
+    """How many devices there are."""
+    partition: Spec = Spec(kind="iid")
+    """How the training samples are split over the devices."""
+    test_fraction: float = Field(default=0.25, gt=0, lt=1)
+    """Share of the samples kept for testing, for data sets without a test set of their own."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training samples kept for validation, on no device."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.test_fraction + self.validation_fraction >= 1:
+            raise ValueError("test_fraction and validation_fraction leave nothing to train on")
+        return self
+
+
+class Training(_Section):
+    """What a device does with its data in a round, unless the strategy says otherwise."""
+
+    optimizer: Literal["sgd"] = "sgd"
+    """Plain SGD, with `momentum` and the like."""
+    learning_rate: float = Field(default=0.1, ge=0)
+    """Step size."""
+    batch_size: int = Field(default=32, ge=0)
+    """Samples a step; 0 means all of the device's samples."""
+    drop_last: bool = False
+    """Leave out the last batch of an epoch when it is smaller than the others."""
+    local_epochs: int | None = Field(default=None, ge=1)
+    """Passes over the device's data in a round; 1 unless `local_steps` is given."""
+    local_steps: int | None = Field(default=None, ge=1)
+    """Steps in a round, instead of `local_epochs`."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Heavy-ball momentum; starts at zero in every round."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Coefficient of the L2 penalty."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of a device's gradient."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_epochs(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not (data.get("local_epochs") or data.get("local_steps")):
+            return {**data, "local_epochs": data.get("local_epochs", 1)}
+        return data
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("give local_epochs or local_steps, not both")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Devices(_Section):
+    """How fast devices compute and when they are there."""
+
+    speed: Spec = Spec(kind="constant", value="500 samples/s")  # type: ignore[call-arg]
+    """Training samples per second of each device."""
+    availability: Spec = Spec(kind="always")
+    """When each device can be reached."""
+
+
+class Topology(Spec):
+    """Who is linked with whom, and how fast the links are."""
+
+    kind: str = "star"
+    """The shape: `star` puts one server in the middle."""
+    bandwidth: _Rates = Field(default=math.inf, json_schema_extra={"default": "unlimited"})
+    """Rate of each device's link, per direction: one value, or how values are spread."""
+    latency: _Durations = 0.0
+    """One-way delay of each device's link."""
+    uplink: _Rates | None = None
+    """Rate from device to server where it differs from `bandwidth` (star only)."""
+    downlink: _Rates | None = None
+    """Rate from server to device where it differs from `bandwidth` (star only)."""
+    server_bandwidth: _Rate = Field(default=math.inf, json_schema_extra={"default": "unlimited"})
+    """Rate of the server's own link, shared by all devices, per direction (star only)."""
+
+
+class NetworkOptions(_Section):
+    """How messages fare."""
+
+    message_loss: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a message is lost as a whole."""
+    loss_reply: Literal["missing", "error"] = "missing"
+    """What a strategy sees of a lost message: no reply, or a reply with an error."""
+    link_down: Literal["stall", "fail", "reroute"] = "stall"
+    """What a transfer does when its link goes down: wait for it, fail, or take another route."""
+    header_bytes: int = Field(default=0, ge=0)
+    """Bytes added to every message."""
+    accounting: Literal["dense", "flower"] = "dense"
+    """What a payload weighs: its numbers, or all that Flower would serialise."""
+
+
+class Evaluation(_Section):
+    """When and on what the model is scored."""
+
+    every: int = Field(default=1, ge=1)
+    """Rounds from one evaluation to the next."""
+    on: Literal["global_test", "validation", "devices"] = "global_test"
+    """The common test set, the validation samples, or each device's own data (Flower's way)."""
+    cost: Literal["charged", "free"] | None = None
+    """Whether evaluation on devices takes time and traffic; by default it does."""
+    target: float | None = Field(default=None, gt=0, le=1)
+    """Accuracy for the time, the rounds and the bytes to target in the summary."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_cost(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("cost") is None:
+            return {**data, "cost": "charged" if data.get("on") == "devices" else "free"}
+        return data
+
+    @model_validator(mode="after")
+    def _check_cost(self) -> Self:
+        if self.cost == "charged" and self.on != "devices":
+            raise ValueError(f"cost 'charged' needs 'on: devices'; evaluation on {self.on} is free")
+        return self
+
+
+class Record(_Section):
+    """What is written beside one line a round."""
+
+    transfers: bool = False
+    """Write every transfer to transfers.parquet."""
+
+
+class StrategyEntry(Spec):
+    """A strategy: `kind`, constructor arguments, and top-level keys that override its world."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as they are written in YAML."""
+        return {k: v for k, v in (self.model_extra or {}).items() if k not in _OVERRIDABLE}
+
+    @property
+    def world(self) -> dict[str, Any]:
+        """The keys of the scenario that this strategy overrides."""
+        return {k: v for k, v in (self.model_extra or {}).items() if k in _OVERRIDABLE}
+
+
+class Scenario(_Section):
+    """One comparison: data, devices, network, and the strategies that share them.
+
+    Make one with `load_scenario` or `Scenario.from_mapping`, which check everything; the bare
+    constructor does not look into `kind`s and fills nothing in.
+    """
+
+    name: str = Field(default="scenario", min_length=1)
+    """Title of the report."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Every random number follows from it."""
+    rounds: int = Field(ge=1)
+    """Rounds of each strategy (server versions, for an asynchronous one)."""
+    stop: Stop | None = None
+    """Conditions that end a strategy earlier."""
+    data: Data
+    """The data and its split over the devices."""
+    model: Spec = Spec(kind="softmax")
+    """The model: a name, or 'package.module:name' of a torch module or of its maker."""
+    training: Training = Training()
+    """Local work."""
+    devices: Devices = Devices()
+    """The devices."""
+    topology: Topology = Topology()
+    """The network's shape and rates."""
+    links: Spec = Spec(kind="constant")
+    """How the devices' links change with time."""
+    network: NetworkOptions = NetworkOptions()
+    """Loss of messages, what happens when a link goes down, what a message weighs."""
+    round_timeout: Annotated[Duration, Field(gt=0)] | None = None
+    """Virtual time after which a round goes on without the devices that have not replied."""
+    evaluation: Evaluation = Evaluation()
+    """How often and on what the model is scored, and the accuracy aimed at."""
+    executor: Spec = Spec(kind="vectorised")
+    """Who computes; results agree, speed differs."""
+    record: Record = Record()
+    """What is written."""
+    strategies: dict[str, StrategyEntry] = Field(default_factory=dict)
+    """Name → strategy. Each runs in the same world."""
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Return the checked scenario that a mapping describes, as YAML would.
+
+        Raises
+        ------
+        ScenarioError
+            Naming everything that is wrong.
+        """
+        return cast(Self, _finish(Document(deepcopy(dict(data)), {}, "the scenario"), overrides))
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the scenario with every default filled in and units as text, ready for YAML."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self, versions: Mapping[str, str] | None = None) -> str:
+        """Return `resolved` as YAML that loads back to an equal scenario.
+
+        Parameters
+        ----------
+        versions : mapping, optional
+            Name → version of the packages in use, for the record; ignored when read.
+        """
+        data = self.resolved() | ({"versions": dict(versions)} if versions else {})
+        return write_yaml(data)
+
+    def strategy_world(self, name: str) -> "Scenario":
+        """Return the scenario of one strategy alone, with its overrides applied.
+
+        Raises
+        ------
+        ScenarioError
+            If there is no such strategy.
+        """
+        if name not in self.strategies:
+            raise ScenarioError(registry.choose(name, "strategy of this scenario", self.strategies))
+        entry = self.strategies[name]
+        base = self.resolved() | {"strategies": {}}
+        world, problems = _check_world(_merge(base, _as_parts(entry.world)))
+        if world is None or problems:
+            raise ScenarioError("; ".join(map(str, problems)))
+        alone = StrategyEntry(kind=entry.kind, **entry.arguments)
+        return world.model_copy(update={"strategies": {name: alone}})
+
+
+_OVERRIDABLE = ("model", "training", "topology", "links", "network", "round_timeout", "executor")
+_SHARED = tuple(key for key in Scenario.model_fields if key not in _OVERRIDABLE)
+_PARTS: Mapping[tuple[str, ...], str] = {
+    ("data", "dataset"): "dataset",
+    ("data", "partition"): "partition",
+    ("model",): "model",
+    ("devices", "speed"): "speed",
+    ("devices", "availability"): "availability",
+    ("topology",): "topology",
+    ("links",): "link",
+    ("executor",): "executor",
+}
+
+
+# ── checks ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_world(data: Mapping[str, Any]) -> tuple[Scenario | None, list[Problem]]:
+    """Check all of a scenario but its strategies, which are left out of the result."""
+    filled, problems = _fill_parts({k: v for k, v in data.items() if k != "strategies"})
+    try:
+        world = Scenario.model_validate_json(_as_json(filled))
+    except ValidationError as error:
+        found = registry.problems_of(error, (), _valid_keys)
+        problems += [Problem(_without_tags(each.path, filled), each.message) for each in found]
+        return None, _one_each(problems)
+    return world, _one_each(problems + list(_clashes(world)))
+
+
+def _as_json(data: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise ScenarioError(f"a scenario holds what YAML can: {error}") from error
+
+
+def _one_each(problems: list[Problem]) -> list[Problem]:
+    """Keep the first problem of each place, and none above or below it."""
+    return list({problem.path: problem for problem in reversed(problems)}.values())[::-1]
+
+
+def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return a copy in which each part chosen by name has its arguments, and what is wrong."""
+    filled, problems = deepcopy(data), []
+    for path, kind in _PARTS.items():
+        holder: Any = filled
+        for key in path[:-1]:
+            holder = holder.setdefault(key, {}) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            continue
+        spec = holder.get(path[-1], _default(path))
+        own = _topology_keys(spec) if kind == "topology" else {}
+        rest = {k: v for k, v in spec.items() if k not in own} if own else spec
+        beside = Topology.model_fields if kind == "topology" else ()
+        checked, found = registry.check(kind, rest, path, beside=beside)
+        holder[path[-1]] = checked | own if checked else spec
+        problems += found
+    return filled, problems
+
+
+def _default(path: Place) -> dict[str, Any]:
+    section: Any = Scenario
+    for key in path[:-1]:
+        section = section.model_fields[str(key)].annotation
+    default: Spec = section.model_fields[path[-1]].default
+    return default.spec()
+
+
+def _topology_keys(spec: Any) -> dict[str, Any]:
+    """Return what a topology says about its links; the rest are the generator's arguments."""
+    keys = Topology.model_fields.keys() - {"kind"}
+    return {k: v for k, v in spec.items() if k in keys} if isinstance(spec, Mapping) else {}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models within a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for inner in get_args(annotation):
+            yield from _models(inner)
+
+
+def _valid_keys(location: Place) -> list[str]:
+    """Return the keys that the mapping at a place may have."""
+    found: list[type[BaseModel]] = [Scenario]
+    for step in location:
+        below = [
+            model
+            for each in found
+            if step in each.model_fields
+            for model in _models(each.model_fields[str(step)].annotation)
+        ]
+        found = below or [
+            each
+            for each in found
+            if "kind" in each.model_fields
+            and step in get_args(each.model_fields["kind"].annotation)
+        ]
+    return list(dict.fromkeys(key for model in found for key in model.model_fields))
+
+
+def _without_tags(path: Place, data: Any) -> Place:
+    """Leave out of a place the steps that only say which form of a quantity was meant."""
+    kept: list[str | int] = []
+    for step in path:
+        if isinstance(step, int) or (isinstance(data, Mapping) and step in data):
+            data = data[step]
+        elif step in _DISTRIBUTIONS:
+            continue
+        kept.append(step)
+    return tuple(kept)
+
+
+def _clashes(world: Scenario) -> Iterator[Problem]:
+    """Yield combinations of sections that make no sense together."""
+    if world.evaluation.on == "validation" and world.data.validation_fraction == 0:
+        yield Problem(
+            ("evaluation", "on"),
+            "'validation' needs samples: set data.validation_fraction above 0, for example 0.1",
+        )
+    topology = world.topology
+    if topology.kind == "star":
+        if world.network.link_down == "reroute":
+            yield Problem(
+                ("network", "link_down"),
+                "'reroute' needs a second route, and a star has one; use 'stall' or 'fail'",
+            )
+        return
+    for key in ("uplink", "downlink", "server_bandwidth"):
+        if getattr(topology, key) != Topology.model_fields[key].default:
+            yield Problem(("topology", key), "only a star has it; use 'bandwidth'")
+
+
+def _merge(base: Any, override: Any) -> Any:
+    """Return `override` laid over `base`; a mapping with another `kind` replaces."""
+    if not (isinstance(base, Mapping) and isinstance(override, Mapping)):
+        return override
+    if override.get("kind", base.get("kind")) != base.get("kind"):
+        return override
+    replaced = {_EITHER_OR[key] for key in override if key in _EITHER_OR}
+    kept = {key: value for key, value in base.items() if key not in replaced}
+    return kept | {key: _merge(kept.get(key), value) for key, value in override.items()}
+
+
+def _as_parts(world: Mapping[str, Any]) -> dict[str, Any]:
+    """Write out parts that are given by their bare name."""
+    return {
+        key: {"kind": value} if (key,) in _PARTS and isinstance(value, str) else value
+        for key, value in world.items()
+    }
+
+
+def _check_strategies(
+    data: Mapping[str, Any], world: Scenario | None, known: list[Problem]
+) -> tuple[dict[str, StrategyEntry], list[Problem]]:
+    """Check each strategy's name, its world and its arguments."""
+    given = data.get("strategies")
+    if not isinstance(given, Mapping) or not given:
+        said = "is missing" if given is None else f"{registry.shown(given)} should be a mapping"
+        example = "name at least one, for example 'linear: {kind: fedavg}'"
+        return {}, [Problem(("strategies",), f"{said}; {example}")]
+    entries, problems, folded = {}, [], dict[str, str]()
+    for name, entry in given.items():
+        path = ("strategies", name)
+        if not _STRATEGY_NAME.fullmatch(str(name)) or name.lower() in _TAKEN_NAMES:
+            problems.append(
+                Problem(
+                    path,
+                    "the name becomes a directory: use letters, digits, '.', '-', '_'"
+                    f" (at most 64), and none of {', '.join(sorted(_TAKEN_NAMES))}",
+                )
+            )
+        elif (twin := folded.setdefault(str(name).lower(), name)) != name:
+            problems.append(
+                Problem(
+                    path,
+                    f"differs from '{twin}' by upper and lower case only, which is one "
+                    "directory on some machines",
+                )
+            )
+        checked, found = _check_strategy(path, entry, data, world, known)
+        problems += found
+        if checked is not None:
+            entries[name] = checked
+    return entries, problems
+
+
+def _check_strategy(
+    path: Place, entry: Any, data: Mapping[str, Any], world: Scenario | None, known: list[Problem]
+) -> tuple[StrategyEntry | None, list[Problem]]:
+    given = registry.as_mapping(entry)
+    if given is None or not isinstance(given.get("kind"), str):
+        return None, registry.check("strategy", entry, path)[1]
+    problems: list[Problem] = []
+    try:
+        takes = {parameter.name for parameter in registry.parameters("strategy", given["kind"])}
+    except ScenarioError:
+        takes = set()
+    for key in [key for key in given if key in _SHARED and key not in takes]:
+        del given[key]
+        problems.append(
+            Problem(
+                (*path, key),
+                f"all strategies share the scenario's '{key}'; a strategy can override "
+                f"{', '.join(_OVERRIDABLE)}",
+            )
+        )
+    overrides = _as_parts({key: given.pop(key) for key in _OVERRIDABLE if key in given})
+    own_world = world
+    if overrides:
+        base = _fill_parts(dict(data))[0]
+        own_world, found = _check_world(_merge(base, overrides))
+        said = {each.message for each in known}
+        problems += [
+            Problem((*path, *each.path), each.message) for each in found if each.message not in said
+        ]
+    filled = _fill_from_world(given, own_world)
+    checked, found = registry.check("strategy", filled, path)
+    if isinstance(entry, str):
+        found = [Problem(path if p.path == (*path, "kind") else p.path, p.message) for p in found]
+    problems += found
+    if world is not None and not found:
+        problems += _too_few_devices(path, checked, given, world)
+    return StrategyEntry(**(checked | overrides)), problems
+
+
+def _fill_from_world(given: Mapping[str, Any], world: Scenario | None) -> dict[str, Any]:
+    """Fill in the constructor arguments that the scenario already says elsewhere."""
+    training = world.training if world else Training()
+    values: dict[str, Any] = {
+        "learning_rate": training.learning_rate,
+        "client_learning_rate": training.learning_rate,
+        "batch_size": training.batch_size,
+        "seed": world.seed if world else 0,
+    }
+    if training.local_steps is not None:
+        values["local_steps"] = training.local_steps
+    if world is None or world.evaluation.on != "devices":
+        values["fraction_evaluate"] = 0.0
+    return _fill(given, values)
+
+
+def _fill(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(given)
+    try:
+        takes = registry.parameters("strategy", filled["kind"])
+    except ScenarioError:
+        return filled
+    for parameter in takes:
+        if parameter.is_nested:
+            inner = registry.as_mapping(filled.get(parameter.name))
+            if inner and isinstance(inner.get("kind"), str):
+                filled[parameter.name] = _fill(inner, values)
+        elif parameter.name in values:
+            filled.setdefault(parameter.name, values[parameter.name])
+    return filled
+
+
+def _too_few_devices(
+    path: Place, checked: Mapping[str, Any], given: Mapping[str, Any], world: Scenario
+) -> Iterator[Problem]:
+    """Yield minimal numbers of nodes for which a strategy would wait for ever."""
+    devices = world.data.devices
+    keys = ["min_available_nodes", "min_train_nodes"]
+    if checked.get("fraction_evaluate"):
+        keys.append("min_evaluate_nodes")
+    for key in keys:
+        least = checked.get(key)
+        if isinstance(least, int) and least > devices:
+            origin = "" if key in given else ", the strategy's default"
+            yield Problem(
+                (*path, key),
+                f"{least}{origin}, is above the number of devices (data.devices is {devices}); "
+                f"write {devices} or less",
+            )
+    for key, inner in checked.items():
+        if isinstance(inner, Mapping) and "kind" in inner:
+            outer = given.get(key)
+            said = outer if isinstance(outer, Mapping) else {}
+            yield from _too_few_devices((*path, key), inner, said, world)
+
+
+# ── from a file to a scenario ───────────────────────────────────────────────────────────────────
+
+
+def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+    """Read, check and fill in a scenario file.
+
+    Parameters
+    ----------
+    path : str or Path
+        A YAML file.
+    overrides : sequence of str
+        "training.learning_rate=0.05": values that replace the file's, themselves YAML.
+
+    Raises
+    ------
+    ScenarioError
+        If the file cannot be read or anything in it is wrong; the message names each YAML path,
+        the value and what is valid.
+    """
+    document = read_document(Path(path))
+    document.data.setdefault("name", Path(path).stem)
+    return _finish(document, overrides)
+
+
+def _finish(document: Document, overrides: Sequence[str]) -> Scenario:
+    """Apply overrides, check everything, report all problems in one error."""
+    data = document.data
+    for override in overrides:
+        _override(document, override)
+    data.pop("versions", None)
+    problems = []
+    if data.pop("sweep", None) is not None:
+        problems.append(
+            Problem(
+                ("sweep",),
+                "a file with a sweep is for 'fedsim sweep', which this version does not have; "
+                "take the key out to run one scenario",
+            )
+        )
+    world, found = _check_world(data)
+    problems += found
+    entries, found = _check_strategies(data, world, problems)
+    problems = _one_each(problems + found)
+    if world is None or problems:
+        raise ScenarioError(_report(document, problems))
+    return world.model_copy(update={"strategies": entries})
+
+
+def _report(document: Document, problems: list[Problem]) -> str:
+    """Return one message about all problems, each with the line it comes from."""
+    texts = []
+    for problem in problems:
+        places = (problem.path[:length] for length in range(len(problem.path), 0, -1))
+        origin = next((document.origin[p] for p in places if p in document.origin), "")
+        line = int(origin.removeprefix("line ")) if origin.startswith("line ") else 0
+        texts.append((line, f"{origin}: {problem}" if origin else str(problem)))
+    texts.sort(key=lambda text: text[0])
+    if len(texts) == 1:
+        return f"{document.source}: {texts[0][1]}"
+    return f"{document.source}: {len(texts)} problems\n" + "\n".join(
+        f"  {text}" for _, text in texts
+    )
+
+
+def _override(document: Document, override: str) -> None:
+    """Apply one "a.b=value" to a document, in place."""
+    option = f"--set {override}"
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted.strip("."):
+        raise ScenarioError(f"{option}: write KEY=VALUE, for example training.learning_rate=0.05")
+    value = read_value(text, option)
+    here: Any = document.data
+    steps = dotted.strip().split(".")
+    path: Place = ()
+    while True:
+        step, steps = _next_step(here, steps)
+        path = (*path, step)
+        if not steps:
+            break
+        inside = here.get(step)
+        if isinstance(inside, str) and (path in _PARTS or path[:-1] == ("strategies",)):
+            inside = {"kind": inside}
+        if inside is None:
+            inside = _default(path) if path in _PARTS else {}
+            document.origin[path] = option
+        if not isinstance(inside, dict):
+            where = ".".join(map(str, path))
+            raise ScenarioError(f"{option}: {where} is {registry.shown(inside)}, not a mapping")
+        here[step] = inside
+        here = inside
+    if step == "kind" and here.get("kind") != value:
+        here.clear()
+    here.pop(_EITHER_OR.get(step), None)
+    here[step] = value
+    document.origin[path] = option
+
+
+def _next_step(here: Mapping[str, Any], steps: list[str]) -> tuple[str, list[str]]:
+    """Return the next key and the steps after it; a key that exists may contain dots."""
+    for length in range(len(steps), 1, -1):
+        if (key := ".".join(steps[:length])) in here:
+            return key, steps[length:]
+    return steps[0], steps[1:]
+
+
+# ── schema for editors ──────────────────────────────────────────────────────────────────────────
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON Schema (draft 2020-12) of scenario files, for editors.
+
+    It knows every registered name with its arguments and lets "package.module:name" take any.
+    """
+    schema = Scenario.model_json_schema(by_alias=True)
+    definitions: dict[str, Any] = schema.setdefault("$defs", {})
+    link_keys = dict(definitions["Topology"]["properties"])
+    del link_keys["kind"]
+    overrides = {
+        key: {"description": f"Overrides the scenario's '{key}' for this strategy."}
+        for key in _OVERRIDABLE
+    }
+    extras = {"topology": link_keys, "strategy": overrides}
+    for kind in registry.TABLES:
+        definitions[kind] = registry.spec_schema(kind, extras.get(kind))
+        for choice in definitions[kind]["anyOf"]:
+            definitions.update(choice.pop("$defs", {}))
+    for path, kind in _PARTS.items():
+        holder = schema if len(path) == 1 else definitions[path[0].capitalize()]
+        described = holder["properties"][path[-1]].get("description", "")
+        holder["properties"][path[-1]] = {"$ref": f"#/$defs/{kind}", "description": described}
+    schema["properties"]["strategies"] |= {
+        "minProperties": 1,
+        "propertyNames": {"pattern": f"^{_STRATEGY_NAME.pattern}$"},
+        "additionalProperties": {"$ref": "#/$defs/strategy"},
+    }
+    schema["properties"]["versions"] = {"type": "object", "description": "Written by a run."}
+    schema["required"] = sorted({*schema.get("required", []), "strategies"})
+    for unused in ("Spec", "StrategyEntry", "Topology"):
+        definitions.pop(unused, None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
