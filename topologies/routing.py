@@ -169,7 +169,8 @@ class Router:
         differ, the shortest detours where none survives. ``explicit``: as given in `explicit`.
         ``auto``: ``bcube`` on that family, else ``spray``.
     weight : str
-        What a shortest path minimises: ``hops``, ``latency``, or ``bandwidth`` (the sum of 1/rate).
+        What a shortest path minimises: ``hops``, ``latency``, or ``bandwidth`` (the sum of 1/rate);
+        fewer hops break ties.
     seed : int
         Of the hash.
     explicit : mapping, optional
