@@ -117,8 +117,22 @@ class Simulation:
     grid: NetworkGrid
     strategy: Any
 
-    def run(self, record: Callable[[RoundRow], None] = lambda row: None) -> Outcome:
-        """Run the strategy to its end, handing over each line as it is closed."""
+    def run(
+        self,
+        record: Callable[[RoundRow], None] = lambda row: None,
+        recorder: Recorder | None = None,
+    ) -> Outcome:
+        """Run the strategy to its end.
+
+        Parameters
+        ----------
+        record : callable
+            Gets each line as it is closed.
+        recorder : Recorder, optional
+            Gets every transfer and every span of local work, where it keeps them.
+        """
+        if recorder is not None and recorder.has_transfers:
+            self.grid.recorder = recorder
         scenario = self.scenario
         stop, on = scenario.stop, scenario.evaluation.on
         return start(
@@ -440,7 +454,7 @@ def _run_one(
 
         tell(None, "running")
         try:
-            outcome = simulation.run(record)
+            outcome = simulation.run(record, recorder)
         except Exception as error:  # of the strategy, which may be anybody's code
             _log.debug("strategy %s failed", name, exc_info=True)
             why = str(error) if isinstance(error, FedsimError) else repr(error)

@@ -36,6 +36,8 @@ class Trip:
     ----------
     message_id, device, kind
         The instruction's id, the device it goes to, its type ("train", "evaluate", ...).
+    round : int
+        The round it belongs to.
     samples : float
         Training samples' worth of work at the device.
     bytes_down, bytes_up : int
@@ -52,6 +54,7 @@ class Trip:
     device: int
     kind: str
     pushed: float
+    round: int = 0
     samples: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
@@ -79,6 +82,7 @@ def serve(
     *,
     reply_bytes: Callable[[Trip], int],
     done: Callable[[Trip], None],
+    observe: Callable[[Trip, str, Delivery], None] | None = None,
 ) -> None:
     """Send `trip` from the server to its device, let it work there, and bring the reply back.
 
@@ -92,6 +96,9 @@ def serve(
         Called when the work is done, gives the size of the reply.
     done : callable
         Called once, when the reply has arrived or can no longer come.
+    observe : callable, optional
+        Called with the trip, ``down`` or ``up``, and the delivery, when either payload has arrived
+        or was given up.
 
     Raises
     ------
@@ -110,6 +117,8 @@ def serve(
 
     def is_delivered(event: simpy.Event, way: str) -> bool:
         delivery = cast(Delivery, event.value)
+        if observe is not None:
+            observe(trip, way, delivery)
         if delivery.outcome == "delivered":
             return True
         end(f"{delivery.outcome}-{way}")
