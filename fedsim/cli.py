@@ -1,4 +1,4 @@
-"""The command line: `fedsim run`, `validate`, `report`, `list`, `schema` and `init`.
+"""The command line: `fedsim run`, `validate`, `report`, `verify`, `list`, `schema` and `init`.
 
 Exit status: 0 done; 2 the user's input is wrong (one message, no traceback); 130 interrupted;
 1 anything else. What a command is for goes to standard output, everything else to standard error.
@@ -167,6 +167,10 @@ def run(
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a timeline that opens in Perfetto."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the strategies that are not finished.")
     ] = False,
@@ -187,6 +191,8 @@ def run(
     """
     if resume and force:
         raise typer.BadParameter("give --resume or --force, not both")
+    if trace is not None:
+        overrides = [*(overrides or []), "record.transfers=true"]
     scenario = _load(file, overrides)
     out = out or Path("runs") / file.stem
 
@@ -217,6 +223,14 @@ def run(
         _show_result(load_run(out), out)
         raise
     _show_result(result, out)
+    if trace is not None:
+        from fedsim.report.trace import trace_events, write_chrome_trace
+
+        try:
+            write_chrome_trace(trace, trace_events(result))
+        except OSError as error:
+            raise ScenarioError(f"--trace: cannot write {trace}: {error.strerror}") from error
+        typer.echo(f"timeline {trace}")
 
 
 def _show_result(result: "RunResult", out: Path) -> None:
@@ -346,6 +360,42 @@ def report(
     from fedsim.report.html import write_report
 
     typer.echo(write_report(directory))
+
+
+@app.command()
+def verify(
+    cases: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Replay the cases in DIR instead of those that ship."),
+    ] = None,
+) -> None:
+    """Replay the reference cases through the real engines and show the worst errors.
+
+    The cases that ship were computed by independent programs. Exit status 1 if any misses.
+
+    [bold]Example[/bold]
+
+    fedsim verify
+    """
+    from fedsim.verify import verify as replay_all
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("family", "cases", "flows", "worst error", "tolerance", ""):
+        table.add_column(heading, justify="left" if heading in ("family", "") else "right")
+    results = replay_all(cases)
+    for found in results:
+        verdict = "ok" if found.is_passed else f"MISSED in {found.worst_case}"
+        table.add_row(
+            found.family,
+            str(found.n_cases),
+            str(found.n_flows),
+            f"{found.worst:.1e}",
+            f"{found.tolerance:.0e}",
+            verdict,
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if not all(found.is_passed for found in results):
+        raise typer.Exit(1)
 
 
 @app.command()

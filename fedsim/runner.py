@@ -368,6 +368,8 @@ def run(
             finished = _prepare(scenario, out, resume=resume, force=force)
             _write_world(out / "world.json", scenario, simulations)
         runs = _Runs(scenario, out, finished)
+        for name, kept in finished.items():
+            progress(_kept(name, kept, scenario.rounds))
         todo = [name for name in names if name not in finished]
         if jobs == 1 or len(todo) < 2:
             for name in todo:
@@ -428,6 +430,20 @@ class _Runs:
             versions=_versions(),
             scenario=self._scenario.to_yaml(_versions()),
         )
+
+
+def _kept(name: str, result: StrategyResult, rounds: int) -> Progress:
+    """Return what to tell of a strategy that a resumed run keeps."""
+    summary = result.summary
+    return Progress(
+        strategy=name,
+        round=result.rounds[-1].round if result.rounds else 0,
+        rounds=rounds,
+        virtual_time=summary["virtual_time"],
+        accuracy=summary["final_accuracy"],
+        bytes_total=summary["bytes_total"],
+        state="diverged" if summary["diverged"] else "done",
+    )
 
 
 def _run_one(
