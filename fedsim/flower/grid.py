@@ -543,14 +543,13 @@ class NetworkGrid(Grid):
                 self._traffic.replied.add(trip.device)
                 noted = self._traffic.train
             noted.append((trip.device, dict(metrics)))
-        reply.content["delivery"] = ConfigRecord(
-            {
-                "sent_bytes": trip.bytes_up,
-                "received_bytes": trip.bytes_down,
-                "started": trip.pushed,
-                "finished": trip.finished,
-            }
-        )
+        delivery = {
+            "sent_bytes": trip.bytes_up,
+            "received_bytes": trip.bytes_down,
+            "started": trip.pushed,
+            "finished": trip.finished,
+        }
+        compat.fill(reply.content, {"delivery": compat.fill(ConfigRecord(), delivery)})
 
     def _run_until(self, open_ids: set[str], deadline: float, *, needed: int) -> None:
         """Advance virtual time until `needed` of the instructions are decided, or `deadline`."""
