@@ -172,7 +172,7 @@ def _dimensions(graph: Graph) -> tuple[int, ...]:
         inner = _group_size(graph, ranks)
         if ranks % inner == 0 and inner > 1:
             return (inner, ranks // inner) if ranks > inner else (inner,)
-    raise ValueError(f"dimension_rings needs dimensions, and {_name(graph)} has none")
+    raise ValueError(f"rings in each dimension need dimensions, and {_name(graph)} has none")
 
 
 def _name(graph: Graph) -> str:

@@ -194,13 +194,18 @@ class LoadPlan:
         return model.step_latency + model.message_seconds * most
 
     def table(
-        self, size_bytes: float, timing: Timing, model: CostModel | None = None
+        self,
+        size_bytes: float,
+        timing: Timing,
+        model: CostModel | None = None,
+        bandwidth: FloatArray | None = None,
     ) -> list[dict[str, Any]]:
         """Return one row for each step and loaded link: bytes, busy seconds, utilisation."""
         model = model or CostModel()
+        rates = self.links.bandwidth if bandwidth is None else bandwidth
         rows = []
         for number, kind in enumerate(self.step_kind):
-            busy = self.busy(int(kind), size_bytes, model, self.links.bandwidth)
+            busy = self.busy(int(kind), size_bytes, model, rates)
             length = float(timing.finish[number] - timing.start[number])
             rows += [
                 {

@@ -127,7 +127,7 @@ def test_detours_avoid_what_is_down():
 def test_no_route_names_the_pair(mode):
     graph = tp.line(4)
     router = tp.Router(graph, mode=mode).without([(1, 2)])
-    with pytest.raises(ValueError, match=r"no route from 0 to 3: .*\(1, 2\)"):
+    with pytest.raises(ValueError, match="no route from 0 to 3: no path exists while 1-2 is down"):
         router.loads(np.array([0, 0]), np.array([1, 3]), np.ones(2))
     with pytest.raises(ValueError, match="no route from 0 to 9"):
         tp.shortest_path(graph, 0, 9)

@@ -191,7 +191,7 @@ def test_bar_6_policies_say_what_fails():
     plan = tp.LoadPlan(tp.bml_schedule(graph), tp.Router(graph))
     dead = tp.LinkChange((0, 9), (0.5,), (0.0,))
     with pytest.raises(
-        ValueError, match=r"link 0->9 is down at 0.5 s, in step 2 of bml\(3,2\): ranks 0 to"
+        ValueError, match=r"link 0>9 is down at 0.5 s, in step 2 of bml\(3,2\): ranks 0 to"
     ):
         tp.time_schedule(plan, 1.0, changes=[dead])
     with pytest.raises(
@@ -363,7 +363,7 @@ def test_the_table_names_the_critical_link():
     slow = plan.links.bandwidth.copy()
     slow[plan.links.find(np.array([4]), np.array(sorted(graph[4])[:1]))] /= 2
     timing = tp.time_schedule(plan, 1.0, bandwidth=slow)
-    assert plan.links.name(timing.critical_link) == f"4->{min(graph[4])}"
+    assert plan.links.name(timing.critical_link) == f"4>{min(graph[4])}"
     rows = plan.table(1.0, timing)
     assert sum(row["bytes"] for row in rows) == pytest.approx(2 * 2 * 8)  # 2 links a message
     assert sum(row["is_critical"] for row in rows) == 4
