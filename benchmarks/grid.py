@@ -19,6 +19,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from fedsim.devices import DeviceFleet
+from fedsim.flower import compat
 from fedsim.flower.grid import NetworkGrid
 from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.records import payload_bytes, stacked_record
@@ -26,6 +27,8 @@ from fedsim.flower.session import start
 from fedsim.learning.config import LocalConfig
 from fedsim.network import star_network
 from strategies import linear
+
+METRICS = {"num-examples": 10, "train_loss": 1.0}
 
 
 class FreeExecutor:
@@ -42,11 +45,12 @@ class FreeExecutor:
     def __call__(self, messages):
         return [
             Message(
-                RecordDict(
+                compat.fill(
+                    RecordDict(),
                     {
                         "arrays": stacked_record(self.stacks, i),
-                        "metrics": MetricRecord({"num-examples": 10, "train_loss": 1.0}),
-                    }
+                        "metrics": compat.fill(MetricRecord(), METRICS),
+                    },
                 ),
                 reply_to=message,
             )

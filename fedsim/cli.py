@@ -1,4 +1,4 @@
-"""The command line: `fedsim run`, `validate`, `report`, `list`, `schema` and `init`.
+"""The command line: typer commands over `runner`, `whatif`, `verify` and `report`.
 
 Exit status: 0 done; 2 the user's input is wrong (one message, no traceback); 130 interrupted;
 1 anything else. What a command is for goes to standard output, everything else to standard error.
@@ -167,6 +167,10 @@ def run(
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a timeline that opens in Perfetto."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the strategies that are not finished.")
     ] = False,
@@ -187,6 +191,8 @@ def run(
     """
     if resume and force:
         raise typer.BadParameter("give --resume or --force, not both")
+    if trace is not None:
+        overrides = [*(overrides or []), "record.transfers=true"]
     scenario = _load(file, overrides)
     out = out or Path("runs") / file.stem
 
@@ -217,6 +223,14 @@ def run(
         _show_result(load_run(out), out)
         raise
     _show_result(result, out)
+    if trace is not None:
+        from fedsim.report.trace import trace_events, write_chrome_trace
+
+        try:
+            write_chrome_trace(trace, trace_events(result))
+        except OSError as error:
+            raise ScenarioError(f"--trace: cannot write {trace}: {error.strerror}") from error
+        typer.echo(f"timeline {trace}")
 
 
 def _show_result(result: "RunResult", out: Path) -> None:
@@ -318,6 +332,18 @@ def validate(
 
     fedsim validate my.yaml --resolved --set rounds=3
     """
+    from fedsim.document import read_document, write_yaml
+
+    if "study" in read_document(file).data:
+        from fedsim.whatif import read_study
+
+        study = read_study(read_document(file).data)
+        if resolved:
+            typer.echo(write_yaml(study.model_dump(mode="json")), nl=False)
+            return
+        pairs = len(study.topologies) * len(study.collectives)
+        typer.echo(f"{file} is a valid study: {pairs} pairs of topology and collective")
+        return
     scenario = _load(file, overrides)
     if resolved:
         typer.echo(scenario.to_yaml(), nl=False)
@@ -346,6 +372,161 @@ def report(
     from fedsim.report.html import write_report
 
     typer.echo(write_report(directory))
+
+
+@app.command()
+def whatif(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Study, in YAML; or use the options.")
+    ] = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help='Such as "{kind: bcube, n: 3, k: 2}"; repeatable.'),
+    ] = None,
+    collective: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Such as bml or ring; repeatable.")
+    ] = None,
+    payload: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE", help='A model or a size: vgg19, "100 MB"; repeatable.'),
+    ] = None,
+    bandwidth: Annotated[
+        list[str] | None, typer.Option(metavar="RATE", help='Such as "10 Gbit/s"; repeatable.')
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a study; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory to write tables and plots to.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Compare topologies and collectives without training: times, closed forms, cost.
+
+    [bold]Examples[/bold]
+
+    fedsim whatif scenarios/whatif/bcube_vs_fat_tree.yaml --out runs/bcube
+
+    fedsim whatif --topology "{kind: torus, dims: [4, 4]}" --collective ring --payload resnet50
+    --bandwidth "10 Gbit/s" --set "latency=20 us"
+    """
+    from fedsim.document import read_document, read_value
+    from fedsim.whatif import evaluate_study, read_study, study_table, write_study
+
+    data: dict[str, Any] = {"study": "collectives"}
+    if file is not None:
+        data = read_document(file).data
+    options = {"topologies": topology, "collectives": collective}
+    for key, given in options.items():
+        if given:
+            data[key] = [read_value(text, f"--{key}") for text in given]
+    data |= {k: v for k, v in {"payloads": payload, "bandwidth": bandwidth}.items() if v}
+    for text in overrides or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ScenarioError(f"--set {text}: write KEY=VALUE")
+        data[key] = read_value(value, f"--set {key}")
+    if data.get("study") is None:
+        raise ScenarioError(f"{file} is a scenario with training: use 'fedsim run'")
+    result = evaluate_study(read_study(data), jobs)
+    Console(width=None if sys.stdout.isatty() else 200).print(study_table(result.frame))
+    for line in result.recommendations:
+        typer.echo(line)
+    if out is not None:
+        try:
+            write_study(result, out)
+        except OSError as error:
+            raise ScenarioError(f"--out: cannot write {out}: {error.strerror}") from error
+        typer.echo(f"results  {out / 'results.csv'}\nplots    {out / 'plots'}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def topology(
+    ctx: typer.Context,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="Such as bcube; see the list below.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it, as FILE.png and FILE.svg.")
+    ] = None,
+) -> None:
+    """Show what a topology is like: counts, degrees, diameter, bisection, spectral gap, price.
+
+    Sizes follow the kind as KEY=VALUE.
+
+    [bold]Examples[/bold]
+
+    fedsim topology bcube n=3 k=2 --out bcube
+
+    fedsim topology fat_tree ports=4 "bandwidth=10 Gbit/s"
+
+    fedsim topology torus "dims=[4, 4]"
+    """
+    from fedsim.document import read_value
+    from fedsim.whatif import build_topology
+    from fedsim.whatif.drawing import draw_topology
+    from topologies import describe
+
+    spec: dict[str, Any] = {"kind": kind}
+    for text in ctx.args:
+        key, equals, value = text.partition("=")
+        if not equals or key.startswith("-"):
+            raise ScenarioError(f"{text!r}: sizes are written KEY=VALUE, for example n=3")
+        spec[key] = read_value(value, key)
+    graph = build_topology(spec)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, value in describe(graph).items():
+        table.add_row(key.replace("_", " "), "–" if value is None else _plain(value))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if out is not None:
+        try:
+            paths = draw_topology(graph, out.with_suffix("") if out.suffix else out)
+        except OSError as error:
+            raise ScenarioError(f"--out: cannot write {out}: {error.strerror}") from error
+        typer.echo("\n".join(map(str, paths)))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} of degree {degree}" for degree, count in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.6g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def verify(
+    cases: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Replay the cases in DIR instead of those that ship."),
+    ] = None,
+) -> None:
+    """Replay the reference cases through the real engines and show the worst errors.
+
+    The cases that ship were computed by independent programs. Exit status 1 if any misses.
+
+    [bold]Example[/bold]
+
+    fedsim verify
+    """
+    from fedsim.verify import verify as replay_all
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("family", "cases", "flows", "worst error", "tolerance", ""):
+        table.add_column(heading, justify="left" if heading in ("family", "") else "right")
+    results = replay_all(cases)
+    for found in results:
+        verdict = "ok" if found.is_passed else f"MISSED in {found.worst_case}"
+        table.add_row(
+            found.family,
+            str(found.n_cases),
+            str(found.n_flows),
+            f"{found.worst:.1e}",
+            f"{found.tolerance:.0e}",
+            verdict,
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if not all(found.is_passed for found in results):
+        raise typer.Exit(1)
 
 
 @app.command()

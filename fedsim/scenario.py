@@ -764,6 +764,8 @@ def _finish(document: Document, overrides: Sequence[str]) -> Scenario:
     for override in overrides:
         _override(document, override)
     data.pop("versions", None)
+    if "study" in data:
+        raise ScenarioError(f"{document.source} is a study without training: use 'fedsim whatif'")
     problems = []
     if data.pop("sweep", None) is not None:
         problems.append(

@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy.strategy_utils import (
+    aggregate_metricrecords,
+    validate_message_reply_consistency,
+)
 
 from strategies.common import mean_of, stack_of
 
@@ -111,10 +115,11 @@ def _aggregate(
     combine: Callable[[Sequence[Message], torch.Tensor], dict[str, torch.Tensor]],
 ) -> Aggregate:
     """Combine the models with ``combine(replies, weights)``; average the metrics."""
-    valid, _ = strategy._check_and_log_replies(replies, is_train=True)
+    valid, _ = strategy._check_and_log_replies(replies, is_train=True, validate=False)
     if not valid:
         return None, None
     contents = [message.content for message in valid]
+    _validate(contents, strategy.weighted_by_key)
     weights = torch.tensor(
         [_examples(content, strategy.weighted_by_key) for content in contents],
         dtype=torch.float64,
@@ -124,12 +129,53 @@ def _aggregate(
     arrays = ArrayRecord()
     for key, value in combine(valid, weights / weights.sum()).items():
         arrays[key] = Array(np.asarray(value.cpu().numpy()))
+    if strategy.train_metrics_aggr_fn is aggregate_metricrecords:
+        return arrays, _mean_metrics(contents, strategy.weighted_by_key)
     return arrays, strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
 
 
+def _mean_metrics(contents: Sequence[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return what Flower's default does, the weighted mean of each metric, in one product."""
+    records = [_metrics(content) for content in contents]
+    weights = np.array([record[weighted_by_key] for record in records], np.float64)
+    weights /= weights.sum()
+    means = MetricRecord()
+    for key in records[0]:
+        if key != weighted_by_key:
+            mean = weights @ np.array([record[key] for record in records], np.float64)
+            means[key] = mean.tolist()
+    return means
+
+
+def _validate(contents: Sequence[RecordDict], weighted_by_key: str) -> None:
+    """Check the replies as Flower does, whose views of each reply are slow.
+
+    Where all replies have the records and keys of the first, what holds for it holds for all.
+
+    Raises
+    ------
+    InconsistentMessageReplies
+        As `FedAvg` does.
+    """
+    first = _structure(contents[0])
+    is_uniform = all(_structure(content) == first for content in contents[1:])
+    validate_message_reply_consistency(
+        list(contents[:1] if is_uniform else contents), weighted_by_key, check_arrayrecord=True
+    )
+
+
+def _structure(content: RecordDict) -> list[tuple[str, type, tuple[str, ...]]]:
+    """Return the names, types and keys of the arrays and metrics in a reply."""
+    records = content.items()
+    return [(n, type(r), tuple(r)) for n, r in records if not isinstance(r, ConfigRecord)]
+
+
 def _examples(content: RecordDict, key: str) -> float:
-    metrics = next(r for r in content.values() if isinstance(r, MetricRecord))
-    return float(metrics[key])  # type: ignore[arg-type]
+    return float(_metrics(content)[key])  # type: ignore[arg-type]
+
+
+def _metrics(content: RecordDict) -> MetricRecord:
+    return next(r for r in content.values() if isinstance(r, MetricRecord))
 
 
 def _trimmed_mean(replies: Sequence[Message], share: float) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.data.federated import DeviceData
 from fedsim.errors import ScenarioError
@@ -65,7 +66,7 @@ class ModelStack:
         state = self.module.state_dict()
         rows = {name: tensor.detach().unsqueeze(0).clone() for name, tensor in state.items()}
         self.initial = self.layout.flatten(rows)[0]
-        self.largest_activation = self._try(data)
+        self.largest_activation, self.forward_flops = self._try(data)
 
     def _normalisation(self, data: DeviceData) -> tuple[Tensor | None, Tensor | None]:
         """Return scale and shift for uint8 images: x * scale - shift."""
@@ -84,8 +85,8 @@ class ModelStack:
             return x.to(self.dtype).mul_(self._scale).sub_(self._shift)
         return x.to(self.dtype) if x.dtype.is_floating_point else x
 
-    def _try(self, data: DeviceData) -> int:
-        """Check the model on one sample; return its largest activation in numbers a sample."""
+    def _try(self, data: DeviceData) -> tuple[int, int]:
+        """Check the model on one sample; return its largest activation and its operations."""
         largest = [1]
 
         def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -97,7 +98,8 @@ class ModelStack:
         name = type(self.module).__name__
         self.module.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            counter = FlopCounterMode(display=False)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
                 outputs = self.module(x)
         except _MODEL_ERRORS as error:
             raise ScenarioError(
@@ -124,7 +126,7 @@ class ModelStack:
             raise ScenarioError(
                 f"model: loss {self.loss.name!r} gives shape {tuple(losses.shape)} for one sample"
             )
-        return largest[0]
+        return largest[0], int(counter.get_total_flops())
 
     def gather(self, base: Tensor, versions: IntArray) -> State:
         """Return working copies of the models at these rows, one stack for each tensor."""

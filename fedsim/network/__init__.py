@@ -2,6 +2,7 @@
 
 from fedsim.network.build import graph_network, star_network
 from fedsim.network.links import Constant, LinkState, OnOff
+from fedsim.network.replay import replay
 from fedsim.network.transfers import Delivery, Network, Transfer, TransferOptions
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "Transfer",
     "TransferOptions",
     "graph_network",
+    "replay",
     "star_network",
 ]

@@ -1,191 +1,23 @@
 """Flows that share links, advanced from one change of rate to the next.
 
-Decision: flows that cross the same *contended* links are one **group** with one common level
-(rate / weight); a link with a single flow is not a constraint but a cap of that flow. The solver
-sees groups, never flows, and a group keeps the integral of its level, so that a change of level
-costs O(log n) however many flows share it (virtual time, as in weighted fair queueing). A change
-re-solves only the groups whose bottleneck it can touch, until the max-min condition holds on every
-touched link; that condition has one solution, so the local answer is the exact one.
-
-References
-----------
-.. [1] Bertsekas, Gallager, "Data Networks", 2nd ed., section 6.5.2 (max-min flow control).
-.. [2] Parekh, Gallager, "A generalized processor sharing approach to flow control", 1993.
+Decision: flows that cross the same *contended* links are one group with one common level; a link
+with a single flow is not a constraint but a cap of that flow. The solver sees groups, never flows,
+so that a round of n messages through one server costs n log n, and identical messages cost one
+variable however many they are.
 """
 
-from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.network.groups import Flow, Group, Heap, Link
+from fedsim.network.solver import resolve
+
 __all__ = ["Flow", "FluidNetwork"]
 
-_SLACK = 1e-11  # relative; far above rounding, far below any tolerance promised
-_REBASE = 1e6  # a group's virtual time may exceed a newcomer's work by this factor
-
-_Heap = list[tuple[float, int, int, Any]]  # (key, order, version, flow or group)
-
-
-class Flow:
-    """Bits that travel over some links at once.
-
-    Parameters
-    ----------
-    uses : sequence of (int, float)
-        Each link crossed, once, with the capacity that one bit/s of this flow consumes on it.
-    bits : float
-        Work left, at least 0.
-    weight : float
-        Share relative to other flows, positive.
-    cap : float
-        Largest rate, bit/s.
-    owner : object
-        Whatever the caller wants back when the flow completes.
-    """
-
-    __slots__ = (
-        "bits",
-        "cap",
-        "group",
-        "is_capped",
-        "is_retried",
-        "limit",
-        "order",
-        "owner",
-        "path",
-        "since",
-        "target",
-        "top_rate",
-        "uses",
-        "version",
-        "weight",
-    )
-
-    def __init__(
-        self,
-        uses: Sequence[tuple[int, float]],
-        bits: float,
-        weight: float = 1.0,
-        cap: float = inf,
-        owner: Any = None,
-    ) -> None:
-        self.uses = uses
-        self.bits = bits  # work left at `since`; meaningful while capped
-        self.weight = weight
-        self.cap = cap
-        self.owner = owner
-        self.order = 0
-        self.path: list[tuple[_Link, float]] = []
-        self.group: _Group | None = None
-        self.is_capped = True
-        self.top_rate = inf  # own cap and the links that it has for itself
-        self.limit = inf  # the same as a level
-        self.since = 0.0
-        self.target = 0.0  # the group's virtual time at completion, while not capped
-        self.version = 0
-        self.is_retried = False
-
-
-class _Link:
-    """A link while flows are on it."""
-
-    __slots__ = ("capacity", "flows", "groups", "index", "is_shared", "load", "n_open", "rest")
-
-    def __init__(self, index: int, capacity: float, is_shared: bool) -> None:
-        self.index = index
-        self.capacity = capacity
-        self.is_shared = is_shared
-        self.flows: dict[Flow, None] = {}
-        self.groups: dict[_Group, float] = {}  # with the consumption of one bit/s
-        self.rest = 0.0  # scratch of the solver: capacity, load and groups not yet fixed
-        self.load = 0.0
-        self.n_open = 0
-
-
-class _Group:
-    """The flows on one set of contended links: free ones at a common level, others at their cap."""
-
-    __slots__ = (
-        "bottleneck",
-        "by_cap",
-        "by_finish",
-        "capped",
-        "capped_error",
-        "capped_rate",
-        "capped_sum",
-        "is_fixed",
-        "is_inside",
-        "key",
-        "level",
-        "n_capped",
-        "n_free",
-        "new_bottleneck",
-        "new_level",
-        "order",
-        "since",
-        "version",
-        "virtual",
-        "weight",
-    )
-
-    def __init__(self, key: tuple[tuple[_Link, float], ...], order: int, now: float) -> None:
-        self.key = key
-        self.order = order
-        self.level = 0.0
-        self.bottleneck: _Link | None = None
-        self.virtual = 0.0  # integral of the level
-        self.since = now
-        self.n_free = 0
-        self.weight = 0.0  # of the free flows
-        self.by_finish: _Heap = []  # free flows by completion
-        self.by_cap: _Heap = []  # free flows by the level at which they reach their cap
-        self.n_capped = 0
-        self.capped_rate = 0.0
-        self.capped_sum = 0.0
-        self.capped_error = 0.0
-        self.capped: _Heap = []  # capped flows, highest limit first
-        self.version = 0
-        self.is_inside = False  # scratch of the solver, like the next three
-        self.is_fixed = False
-        self.new_level = 0.0
-        self.new_bottleneck: _Link | None = None
-
-    def advance(self, now: float) -> None:
-        if now > self.since:
-            self.virtual += self.level * (now - self.since)
-            self.since = now
-
-    def add_capped_rate(self, rate: float) -> None:
-        """Add to the sum of the capped rates, keeping what rounding cuts off (Neumaier)."""
-        was = self.capped_sum
-        new = was + rate
-        self.capped_error += (was - new) + rate if was >= abs(rate) else (rate - new) + was
-        self.capped_sum = new
-        self.capped_rate = new + self.capped_error
-
-    def first_limit(self) -> float:
-        """Level at which the next free flow reaches its cap."""
-        heap = self.by_cap
-        while heap and heap[0][3].version != heap[0][2]:
-            heappop(heap)
-        return heap[0][0] if heap else inf
-
-    def highest_capped(self) -> float:
-        """Level that the capped flow with the highest limit runs at."""
-        heap = self.capped
-        while heap and heap[0][3].version != heap[0][2]:
-            heappop(heap)
-        return -heap[0][0] if heap else 0.0
-
-    def first_target(self) -> float:
-        """Virtual time at which the next free flow completes."""
-        heap = self.by_finish
-        while heap and heap[0][3].version != heap[0][2]:
-            heappop(heap)
-        return heap[0][0] if heap else inf
+FloatArray = NDArray[np.float64]
 
 
 class FluidNetwork:
@@ -208,10 +40,11 @@ class FluidNetwork:
     ) -> None:
         self.capacity = capacity
         self._unshared = unshared
-        self._links: dict[int, _Link] = {}
-        self._groups: dict[tuple[tuple[_Link, float], ...], _Group] = {}
-        self._finishes: _Heap = []
-        self._dirty: dict[_Link, None] = {}
+        self._links: dict[int, Link] = {}
+        self._groups: dict[tuple[tuple[Link, float], ...], Group] = {}
+        self._finishes: Heap = []
+        self._dirty: dict[Link, None] = {}
+        self._busy = np.zeros(len(capacity))
         self._sequence = 0
         self.n_flows = 0
 
@@ -233,7 +66,7 @@ class FluidNetwork:
             link = links.get(index)
             if link is None:
                 is_shared = self._unshared is None or not self._unshared[index]
-                link = links[index] = _Link(index, float(self.capacity[index]), is_shared)
+                link = links[index] = Link(index, float(self.capacity[index]), is_shared, now)
             elif link.is_shared and len(link.flows) == 1:
                 # The flow that had the link for itself now has to share it.
                 company = company or {}
@@ -258,6 +91,7 @@ class FluidNetwork:
             del flows[flow]
             if not flows:
                 del self._links[link.index]
+                self._busy[link.index] += now - link.since
             elif len(flows) == 1 and link.is_shared:
                 # The flow that is left has the link for itself now.
                 alone = alone or {}
@@ -326,16 +160,6 @@ class FluidNetwork:
             return flow.top_rate
         return flow.weight * flow.group.level
 
-    def bits_left(self, flow: Flow, now: float) -> float:
-        """Return the work that a flow has left."""
-        if flow.is_capped:
-            elapsed = now - flow.since
-            return max(flow.bits - flow.top_rate * elapsed, 0.0) if elapsed > 0 else flow.bits
-        group = flow.group
-        assert group is not None
-        virtual = group.virtual + group.level * (now - group.since)
-        return max(flow.weight * (flow.target - virtual), 0.0)
-
     def bottleneck(self, flow: Flow) -> int | None:
         """Return the link that bounds a flow's rate; None if it is the flow's own cap."""
         if not flow.is_capped and flow.group is not None and flow.group.bottleneck is not None:
@@ -345,7 +169,27 @@ class FluidNetwork:
                 return link.index
         return None
 
-    # Bookkeeping of flows and groups
+    def busy_time(self, now: float) -> FloatArray:
+        """Return for how long each link has had flows on it, s, shape (n_links,)."""
+        busy = self._busy.copy()
+        for link in self._links.values():
+            busy[link.index] += now - link.since
+        return busy
+
+    def solve(self, now: float) -> None:
+        """Bring all rates up to date after the changes of this instant."""
+        if not self._dirty:
+            return
+        changed, self._dirty = self._dirty, {}
+        groups, flows = resolve(changed, now)
+        for flow in flows:
+            if flow.is_capped:
+                self._schedule_flow(flow, now)
+        for group in groups:
+            self._schedule_group(group)
+        if len(self._finishes) > 64 + 4 * (self.n_flows + len(self._groups)):
+            self._finishes = [entry for entry in self._finishes if entry[3].version == entry[2]]
+            heapify(self._finishes)
 
     def _place(self, flow: Flow, now: float) -> None:
         """Put a flow with known `bits` into its group, or let it run at its cap without one."""
@@ -359,8 +203,6 @@ class FluidNetwork:
                 top = link.capacity / consumption
         flow.top_rate = top
         if not contended:
-            flow.group = None
-            flow.is_capped = True
             flow.since = now
             self._schedule_flow(flow, now)
             return
@@ -369,11 +211,10 @@ class FluidNetwork:
         group = self._groups.get(key)
         if group is None:
             self._sequence += 1
-            group = self._groups[key] = _Group(key, self._sequence, now)
+            group = self._groups[key] = Group(key, self._sequence, now)
             for link, consumption in key:
                 link.groups[group] = consumption
-        flow.group = group
-        self._free(flow, group, now)
+        group.join(flow, now)
         dirty = self._dirty
         for link, _ in key:
             dirty[link] = None
@@ -381,18 +222,12 @@ class FluidNetwork:
     def _lift(self, flow: Flow, now: float) -> None:
         """Take a flow out of its group; its `bits` are then up to date."""
         group = flow.group
-        flow.bits = self.bits_left(flow, now)
-        flow.version += 1
-        flow.since = now
         if group is None:
-            flow.is_capped = True
+            flow.bits = flow.bits_left(now)
+            flow.version += 1
+            flow.since = now
             return
-        if flow.is_capped:
-            self._leave_capped(flow, group)
-        else:
-            self._leave_free(flow, group, now)
-        flow.is_capped = True
-        flow.group = None
+        group.leave(flow, now)
         dirty = self._dirty
         for link, _ in group.key:
             dirty[link] = None
@@ -402,317 +237,14 @@ class FluidNetwork:
             for link, _ in group.key:
                 del link.groups[group]
 
-    def _leave_capped(self, flow: Flow, group: _Group) -> None:
-        group.n_capped -= 1
-        if group.n_capped:
-            group.add_capped_rate(-flow.top_rate)
-        else:
-            group.capped_rate = group.capped_sum = group.capped_error = 0.0
-
-    def _leave_free(self, flow: Flow, group: _Group, now: float) -> None:
-        group.advance(now)
-        group.version += 1  # its next completion may have been this flow's
-        group.n_free -= 1
-        group.weight = group.weight - flow.weight if group.n_free else 0.0
-
-    def _free(self, flow: Flow, group: _Group, now: float) -> None:
-        """Let a flow, whose `bits` are up to date, share the group's level."""
-        group.advance(now)
-        work = flow.bits / flow.weight
-        if not group.n_free:
-            group.virtual = 0.0
-            group.by_finish.clear()
-            group.by_cap.clear()
-        elif group.virtual > _REBASE * work > 0:
-            self._rebase(group)
-        flow.is_capped = False
-        flow.target = group.virtual + work
-        group.n_free += 1
-        group.weight += flow.weight
-        heappush(group.by_finish, (flow.target, flow.order, flow.version, flow))
-        if flow.limit < inf:
-            heappush(group.by_cap, (flow.limit, flow.order, flow.version, flow))
-
-    def _rebase(self, group: _Group) -> None:
-        """Count virtual time from now, so that a small flow's work is not lost in rounding."""
-        zero, group.virtual = group.virtual, 0.0
-        heap: _Heap = []
-        for target, order, version, flow in group.by_finish:
-            if flow.version == version:
-                flow.target = target - zero
-                heap.append((flow.target, order, version, flow))
-        heapify(heap)
-        group.by_finish = heap
-
-    def _cap(self, flow: Flow, group: _Group, now: float) -> None:
-        """Fix a free flow of an advanced group at its cap."""
-        flow.bits = max(flow.weight * (flow.target - group.virtual), 0.0)
-        flow.version += 1
-        flow.since = now
-        flow.is_capped = True
-        self._leave_free(flow, group, now)
-        group.n_capped += 1
-        group.add_capped_rate(flow.top_rate)
-        self._schedule_flow(flow, now)
-        heappush(group.capped, (-flow.limit, flow.order, flow.version, flow))
-
-    def _uncap(self, flow: Flow, group: _Group, now: float) -> None:
-        flow.bits = self.bits_left(flow, now)
-        flow.version += 1
-        self._leave_capped(flow, group)
-        self._free(flow, group, now)
-
     def _schedule_flow(self, flow: Flow, now: float) -> None:
         if flow.top_rate > 0:
             when = now + flow.bits / flow.top_rate
             heappush(self._finishes, (when, flow.order, flow.version, flow))
 
-    def _schedule_group(self, group: _Group) -> None:
+    def _schedule_group(self, group: Group) -> None:
         group.version += 1
         if group.n_free and group.level > 0:
             work = max(group.first_target() - group.virtual, 0.0)
             when = group.since + work / group.level
             heappush(self._finishes, (when, group.order, group.version, group))
-
-    # The solver
-
-    def solve(self, now: float) -> None:
-        """Bring all rates up to date after the changes of this instant."""
-        if not self._dirty:
-            return
-        touched, self._dirty = self._dirty, {}
-        inside: dict[_Group, None] = {}
-        for link in touched:
-            for group in link.groups:
-                if group.n_free and (group.bottleneck is link or group.bottleneck is None):
-                    _admit(group, inside, now)
-        retried: list[Flow] = []
-        capped: list[Flow] = []
-        while True:
-            for group in inside:
-                for link, _ in group.key:
-                    touched[link] = None
-            self._fill(inside, touched, capped, now)
-            if not self._extend(inside, touched, retried, now):
-                break
-            # What the fill capped may have to give way to the groups that joined.
-            for flow in capped:
-                if flow.is_capped and flow.group is not None:
-                    self._uncap(flow, flow.group, now)
-            capped.clear()
-        for flow in retried:
-            flow.is_retried = False
-        for group in inside:
-            group.is_inside = False
-            group.level = group.new_level
-            group.bottleneck = group.new_bottleneck
-            self._schedule_group(group)
-            _tidy(group)
-        if len(self._finishes) > 64 + 4 * (self.n_flows + len(self._groups)):
-            self._finishes = [entry for entry in self._finishes if entry[3].version == entry[2]]
-            heapify(self._finishes)
-
-    def _fill(
-        self,
-        inside: dict[_Group, None],
-        touched: dict[_Link, None],
-        capped: list[Flow],
-        now: float,
-    ) -> None:
-        """Raise the levels of the groups inside together until a link or a cap stops each one."""
-        heap: list[tuple[float, int, Any]] = []
-        for order, link in enumerate(touched):
-            _open(link)
-            if link.n_open:
-                heap.append((link.rest / link.load, order, link))
-        n_open = 0
-        for order, group in enumerate(inside):
-            group.is_fixed = not group.n_free
-            group.new_level = 0.0
-            group.new_bottleneck = None
-            if group.n_free:
-                n_open += 1
-                limit = group.first_limit()
-                if limit < inf:
-                    heap.append((limit, -1 - order, group))
-        heapify(heap)
-        while n_open:
-            _, order, item = heappop(heap)
-            if isinstance(item, _Group):
-                if item.is_fixed:
-                    continue
-                flow = heappop(item.by_cap)[3]
-                self._cap(flow, item, now)
-                capped.append(flow)
-                for link, consumption in item.key:
-                    link.rest -= consumption * flow.top_rate
-                    link.load -= consumption * flow.weight
-                if item.n_free:
-                    heappush(heap, (item.first_limit(), order, item))
-                else:
-                    item.is_fixed = True
-                    n_open -= 1
-                    for link, _ in item.key:
-                        link.n_open -= 1
-                continue
-            if not item.n_open:
-                continue
-            # A link's level only rises while others are fixed: an old entry is a lower bound.
-            now_level = _level(item)
-            if heap and now_level > heap[0][0]:
-                heappush(heap, (now_level, order, item))
-                continue
-            n_open -= _fix(item, max(now_level, 0.0))
-
-    def _extend(
-        self,
-        inside: dict[_Group, None],
-        touched: dict[_Link, None],
-        retried: list[Flow],
-        now: float,
-    ) -> bool:
-        """Admit whatever breaks the max-min condition on a touched link; tell whether any did."""
-        grew = False
-        for link in touched:
-            used = highest = 0.0
-            claim = -1.0  # the level of the groups that were stopped by this link
-            for group, consumption in link.groups.items():
-                if group.is_inside:
-                    level = group.new_level
-                    used += consumption * (group.capped_rate + group.weight * level)
-                    if group.new_bottleneck is link:
-                        claim = level
-                    highest = max(highest, level if group.n_free else group.highest_capped())
-                else:
-                    used += consumption * (group.capped_rate + group.weight * group.level)
-            is_over = used > link.capacity * (1 + _SLACK)
-            is_full = used >= link.capacity * (1 - _SLACK)
-            for group in link.groups:
-                if group.is_inside or not group.n_free:
-                    continue
-                level = group.level * (1 + _SLACK)
-                if (
-                    is_over
-                    or (claim >= 0 and group.level > claim * (1 + _SLACK))
-                    or (group.bottleneck is link and (not is_full or highest > level))
-                ):
-                    _admit(group, inside, now)
-                    grew = True
-            if is_over:
-                grew |= self._make_room(link, inside, retried, now)
-            elif claim >= 0:
-                for group in link.groups:
-                    while group.n_capped and group.highest_capped() > claim * (1 + _SLACK):
-                        if not self._retry(group, inside, retried, now):
-                            break
-                        grew = True
-        return grew
-
-    def _make_room(
-        self, link: _Link, inside: dict[_Group, None], retried: list[Flow], now: float
-    ) -> bool:
-        """Free capped flows of an overloaded link, highest first, until the rest can stay."""
-        rest, load = link.capacity, 0.0
-        heap = []
-        for order, (group, consumption) in enumerate(link.groups.items()):
-            rest -= consumption * group.capped_rate
-            load += consumption * group.weight
-            if group.n_capped:
-                heap.append((-group.highest_capped(), order, group))
-        heapify(heap)
-        grew = False
-        while heap and (rest < 0 or -heap[0][0] * load > rest):
-            _, order, group = heappop(heap)
-            flow = group.capped[0][3]
-            if self._retry(group, inside, retried, now):
-                grew = True
-                consumption = link.groups[group]
-                rest += consumption * flow.top_rate
-                load += consumption * flow.weight
-                if group.n_capped:
-                    heappush(heap, (-group.highest_capped(), order, group))
-        return grew
-
-    def _retry(
-        self, group: _Group, inside: dict[_Group, None], retried: list[Flow], now: float
-    ) -> bool:
-        """Free the group's capped flow with the highest limit, once in a solve."""
-        flow: Flow = group.capped[0][3]
-        if flow.is_retried:
-            return False
-        flow.is_retried = True
-        retried.append(flow)
-        if not group.is_inside:
-            _admit(group, inside, now)
-        self._uncap(flow, group, now)
-        return True
-
-
-def _admit(group: _Group, inside: dict[_Group, None], now: float) -> None:
-    if not group.is_inside:
-        group.is_inside = True
-        group.advance(now)
-        inside[group] = None
-
-
-def _open(link: _Link) -> None:
-    """Set what the groups still to be fixed can have of a link, and their load on it."""
-    rest, load, n_open = link.capacity, 0.0, 0
-    for group, consumption in link.groups.items():
-        if group.n_capped:
-            rest -= consumption * group.capped_rate
-        if group.n_free:
-            if group.is_inside:
-                load += consumption * group.weight
-                n_open += 1
-            else:
-                rest -= consumption * group.weight * group.level
-    link.rest, link.load, link.n_open = rest, load, n_open
-
-
-def _level(link: _Link) -> float:
-    """Level at which the open groups fill a link, summed afresh: running sums drift."""
-    rest, load = link.capacity, 0.0
-    for group, consumption in link.groups.items():
-        if group.n_capped:
-            rest -= consumption * group.capped_rate
-        if group.n_free:
-            if not group.is_inside:
-                rest -= consumption * group.weight * group.level
-            elif group.is_fixed:
-                rest -= consumption * group.weight * group.new_level
-            else:
-                load += consumption * group.weight
-    return rest / load
-
-
-def _fix(link: _Link, level: float) -> int:
-    """Fix the open groups of a link at a level; return how many there were."""
-    n_fixed = 0
-    for group in link.groups:
-        if group.is_inside and not group.is_fixed:
-            n_fixed += 1
-            group.is_fixed = True
-            group.new_level = level
-            group.new_bottleneck = link
-            for other, consumption in group.key:
-                other.rest -= consumption * group.weight * level
-                other.load -= consumption * group.weight
-                other.n_open -= 1
-    return n_fixed
-
-
-def _tidy(group: _Group) -> None:
-    """Drop outdated heap entries once they outnumber the flows."""
-    if len(group.by_finish) > 64 + 4 * group.n_free:
-        group.by_finish = _live(group.by_finish)
-    if len(group.by_cap) > 64 + 4 * group.n_free:
-        group.by_cap = _live(group.by_cap)
-    if len(group.capped) > 64 + 4 * group.n_capped:
-        group.capped = _live(group.capped)
-
-
-def _live(heap: _Heap) -> _Heap:
-    kept = [entry for entry in heap if entry[3].version == entry[2]]
-    heapify(kept)
-    return kept

@@ -10,6 +10,7 @@ on (seed, kind, name of the physical link) alone: links added elsewhere never ch
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Literal, Protocol
@@ -18,6 +19,7 @@ import numpy as np
 
 from fedsim.errors import ScenarioError
 from fedsim.streams import stream
+from fedsim.units import Duration
 
 __all__ = [
     "Constant",
@@ -90,6 +92,30 @@ class Constant:
 
     def bind(self, seed: int, link: LinkEnds) -> None:
         """Return None: there is no history."""
+
+
+class Steps:
+    """A history that is known in advance: state k holds from time k to the next, the last for good.
+
+    Parameters
+    ----------
+    times : sequence of float, s
+        Ascending, beginning at 0.
+    states : sequence of LinkState
+    """
+
+    def __init__(self, times: Sequence[float], states: Sequence[LinkState]) -> None:
+        self._times = times
+        self._states = states
+
+    def state_at(self, time: float) -> LinkState:
+        """Return the state at a time."""
+        return self._states[max(bisect_right(self._times, time) - 1, 0)]
+
+    def next_change(self, time: float) -> float:
+        """Return the next time in the list."""
+        index = bisect_right(self._times, time)
+        return self._times[index] if index < len(self._times) else inf
 
 
 class TwoStates:
@@ -167,8 +193,8 @@ class OnOff:
         State at time 0.
     """
 
-    mean_up: float
-    mean_down: float
+    mean_up: Duration
+    mean_down: Duration
     sojourn: Literal["exponential", "fixed"] = "exponential"
     initial: Literal["stationary", "up", "down"] = "stationary"
 

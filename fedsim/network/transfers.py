@@ -9,7 +9,7 @@ succeeds with a `Delivery` whose `outcome` is ``delivered``, ``lost`` or ``faile
 waits for many of them handles loss as data.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf, nan
@@ -125,6 +125,7 @@ class Transfer(simpy.Event):
         self.first_byte = nan
         self.flow: Flow | None = None
         self.bits_left = 0.0
+        self.consumption: dict[int, float] | None = None
         self.will_be_lost = False
         self.version = 0
         self.is_over = False
@@ -239,6 +240,7 @@ class Network:
         weight: float = 1.0,
         cap_bps: float = inf,
         route: Sequence[str] | None = None,
+        consumption: Mapping[str, float] | None = None,
     ) -> Transfer:
         """Send a payload now.
 
@@ -254,6 +256,9 @@ class Network:
             Largest rate.
         route : sequence of str, optional
             Names of the links to cross; by default the shortest route.
+        consumption : mapping of str to float, optional
+            Capacity that one bit/s takes on a link of the route, where it is not 1 (a shared
+            medium whose capacity is time: 1 / rate of the station).
 
         Returns
         -------
@@ -275,6 +280,12 @@ class Network:
         else:
             links = tuple(link for name in route for link in self._wiring.find(name))
         transfer = Transfer(self, source, destination, size_bytes, links, weight, cap_bps)
+        if consumption:
+            transfer.consumption = {
+                link: value
+                for name, value in consumption.items()
+                for link in self._wiring.find(name)
+            }
         self._active[transfer] = None
         if self.options.timeout < inf:
             self._at(self.env.now + self.options.timeout, _EXPIRY, self._expire, transfer, _ALWAYS)
@@ -386,6 +397,8 @@ class Network:
         for link in transfer.route:
             if capacity.item(link) < inf:
                 uses[link] = uses.get(link, 0.0) + 1.0
+        if transfer.consumption:
+            uses.update(transfer.consumption)
         if not uses and transfer.cap_bps == inf:
             self._arrive(transfer)
             return

@@ -268,7 +268,8 @@ def _time(run: RunResult, recorded: dict[str, timeline.Timeline]) -> str:
     )
     key = (
         '<p class="quiet key"><i class="in"></i>receiving <i class="work"></i>local work '
-        '<i class="out"></i>sending; outlined: the critical path, pale: lost or failed</p>'
+        '<i class="out"></i>sending; outlined: the critical path, pale: lost or failed '
+        '<span id="timeline-note"></span></p>'
     )
     figure = '<div class="chart" id="timeline" role="img" aria-label="timeline of a round"></div>'
     panels.append(_wide(f'<div class="head">{selects}</div>{key}{figure}'))

@@ -12,18 +12,20 @@ from fedsim.results import RunResult
 
 __all__ = ["collect", "has_device_figure", "has_network_figure", "measures", "strips"]
 
-_CURVE_POINTS = 12_000  # of all strategies together
-_HEAT_CELLS = 40_000
-_SCATTER_POINTS = 1_500
+_CURVE_NUMBERS = 60_000  # of all curves together
+_HEAT_CELLS = 30_000
+_SCATTER_POINTS = 1_200  # of all networks together, and of the devices
 _TIMELINE_NODES = 40
 _TIMELINE_SPANS = 6_000  # of all strategies together
+_SPAN_KEYS = ("row", "side", "start", "length", "critical", "arrived", "label")
 _STRIP_LINKS = 40
 _STRIP_BINS = 240
 
 
 def collect(run: RunResult, recorded: dict[str, timeline.Timeline]) -> dict[str, Any]:
     """Return everything that the page's program reads, ready for JSON."""
-    points = max(100, _CURVE_POINTS // max(1, len(run.strategies)))
+    lists = len(run.strategies) * (5 + len(measures(run)))  # three abscissae, accuracy and loss
+    points = max(40, _CURVE_NUMBERS // max(1, lists))
     totals = [
         [sum(getattr(row, key) for row in result.rounds) for key in
          ("bytes_down", "bytes_up", "bytes_peer")]
@@ -108,7 +110,7 @@ def has_network_figure(network: dict[str, Any]) -> bool:
 
 def _network_data(run: RunResult, network: dict[str, Any]) -> dict[str, Any]:
     listed = series.devices_of(run).get("listed", ())
-    kept = series.thinned(len(listed), _SCATTER_POINTS)
+    kept = series.thinned(len(listed), _SCATTER_POINTS // len(run.world["networks"]))
 
     def chosen(key: str) -> list[Any] | None:
         values = network.get(key)
@@ -143,27 +145,38 @@ def _round_data(
     budget: int,
     n_devices: int | None,
 ) -> dict[str, Any]:
-    spans, drawn = recorded.spans, []
-    rows = timeline.node_rows(spans, path, _TIMELINE_NODES)
+    spans = recorded.spans
+    rows, nodes = timeline.node_rows(spans, path, max_nodes=_TIMELINE_NODES, max_spans=budget)
+    labels: dict[str, int] = {}
+    drawn = []
     for row, members in enumerate(rows.values()):
-        for index in members[: max(1, budget // len(rows))]:
+        for index in members:
             side = timeline.side_of(spans, index)
-            detail = "" if side == "work" else (
-                f", {format_bytes(int(spans.size_bytes[index]))}, {spans.outcome[index]}"
-            )  # fmt: skip
+            label = spans.kind[index]
+            if side != "work":
+                label += f", {format_bytes(int(spans.size_bytes[index]))}, {spans.outcome[index]}"
             drawn.append(
-                [row, side, float(spans.start[index]), float(spans.end[index]), index in path.path,
-                 spans.outcome[index] in {"", "delivered"}, spans.kind[index] + detail]
-            )  # fmt: skip
+                {
+                    "row": row,
+                    "side": side,
+                    "start": _short(float(spans.start[index]) - path.start),
+                    "length": _short(float(spans.end[index] - spans.start[index])),
+                    "critical": int(index in path.path),
+                    "arrived": int(spans.outcome[index] in {"", "delivered"}),
+                    "label": labels.setdefault(label, len(labels)),
+                }
+            )
     return {
-        "label": f"round {path.round} ({why})",
-        "start": path.start,
-        "end": path.end,
+        "title": f"round {path.round} ({why})",
+        "note": f"· {len(rows)} of {nodes} nodes, those that end last" if len(rows) < nodes else "",
+        "length": path.end - path.start,
         "rows": [
             f"device {node}" if n_devices is None or node < n_devices else f"node {node}"
             for node in rows
         ],
-        "spans": drawn,
+        "labels": list(labels),
+        # one list for each property: a third of the text that objects would be
+        "spans": {key: [span[key] for span in drawn] for key in _SPAN_KEYS},
     }
 
 

@@ -227,7 +227,7 @@ def _link_states(states: timeline.LinkStates, axes: Axes) -> None:
 
 
 def _timeline(title: str, spans: timeline.Spans, path: timeline.RoundPath, axes: Axes) -> None:
-    rows = timeline.node_rows(spans, path, 30)
+    rows, _ = timeline.node_rows(spans, path, max_nodes=30, max_spans=2_000)
     scale, unit = series.time_unit(path.end - path.start)
     colours = {"in": "#1598d7", "work": "#7a8591", "out": "#d9480f"}
     words = {"in": "receiving", "work": "local work", "out": "sending"}

@@ -287,13 +287,29 @@ def telling_rounds(paths: Sequence[RoundPath]) -> dict[int, str]:
     return chosen
 
 
-def node_rows(spans: Spans, path: RoundPath, limit: int) -> dict[int, list[int]]:
-    """Return what to draw of a round, node → its spans; the nodes that end last, latest first."""
+def node_rows(
+    spans: Spans, path: RoundPath, *, max_nodes: int, max_spans: int
+) -> tuple[dict[int, list[int]], int]:
+    """Return what to draw of a round, and how many nodes there are in all.
+
+    Returns
+    -------
+    dict
+        Node → its spans; the nodes that end last, latest first, whole, as many as the two limits
+        allow. Of a single node that is too much alone, the spans that end last.
+    int
+        Nodes of the round.
+    """
     rows: dict[int, list[int]] = {}
     for index in np.flatnonzero(spans.round == path.round).tolist():
         rows.setdefault(place_of(spans, index), []).append(index)
     latest = sorted(rows, key=lambda node: -max(spans.end[i] for i in rows[node]))
-    return {node: rows[node] for node in latest[:limit]}
+    shown: dict[int, list[int]] = {}
+    for node in latest[:max_nodes]:
+        if shown and sum(map(len, shown.values())) + len(rows[node]) > max_spans:
+            break
+        shown[node] = sorted(rows[node], key=lambda i: spans.end[i])[-max_spans:]
+    return shown, len(rows)
 
 
 @dataclass(frozen=True, slots=True)

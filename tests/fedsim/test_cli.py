@@ -326,3 +326,56 @@ def test_code_in_the_current_directory_is_found(fedsim_, file):
     )
     result = fedsim_("validate", file, "--set", "model=my_nets_here:Net")
     assert result.exit_code == 0, result.output
+
+
+def test_a_topology_is_described_and_drawn(fedsim_, tmp_path):
+    result = fedsim_("topology", "bcube", "n=3", "k=2", "--out", tmp_path / "bcube.png")
+    assert result.exit_code == 0, result.output
+    assert ["switches", "6"] in [line.split() for line in result.stdout.splitlines()]
+    assert (tmp_path / "bcube.png").is_file()
+    assert (tmp_path / "bcube.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fat_tree", "ports=5"], "even"),
+        (["bcube", "n=1", "k=2"], "n = 1"),
+        (["bcub", "n=3"], "bcube"),
+        (["bcube", "3"], "KEY=VALUE"),
+    ],
+)
+def test_a_topology_that_cannot_be_is_one_clear_error(fedsim_, words, said):
+    result = fedsim_("topology", *words)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_study_runs_from_a_file_and_from_options(fedsim_, tmp_path):
+    path = SCENARIOS / "whatif" / "edge_hierarchy.yaml"
+    result = fedsim_("whatif", path, "--out", tmp_path / "study")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "study" / "results.csv").is_file()
+    words = ["--topology", "{kind: bcube, n: 2, k: 2}", "--collective", "bml"]
+    words += ["--payload", "1 MB", "--bandwidth", "1 Gbit/s"]
+    result = fedsim_("whatif", *words)
+    assert result.exit_code == 0, result.output
+    assert "bml" in result.stdout
+
+
+def test_studies_and_scenarios_are_not_mixed_up(fedsim_):
+    study = SCENARIOS / "whatif" / "failures.yaml"
+    assert "fedsim whatif" in fedsim_("run", study).output
+    assert "fedsim run" in fedsim_("whatif", SCENARIOS / "quickstart.yaml").output
+    words = ["--topology", "{kind: ring, devices: 4}", "--collective", "bml"]
+    result = fedsim_("whatif", *words, "--payload", "vgg19", "--bandwidth", "1 Gbit/s")
+    assert result.exit_code == 2
+    assert "no pair of topology and collective makes sense" in result.output
+
+
+def test_the_reference_cases_agree(fedsim_, tmp_path):
+    result = fedsim_("verify")
+    assert result.exit_code == 0, result.output
+    assert "parking" in result.stdout
+    assert fedsim_("verify", "--cases", tmp_path / "none").exit_code == 2

@@ -78,12 +78,14 @@ OPTIMISERS = {
     "nesterov": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
     "prox": {"proximal_mu": 0.3},
     "clip": {"clip_norm": 0.2, "momentum": 0.5},
-    "adam": {"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 0.1},
+    # A bias before a BatchNorm has a gradient of rounding errors, which Adam divides by epsilon.
+    "adam": {"optimizer": "adam", "learning_rate": 0.01, "epsilon": 1e-4, "weight_decay": 0.1},
     "adamw": {
         "optimizer": "adamw",
         "learning_rate": 0.01,
-        "weight_decay": 0.1,
+        "epsilon": 1e-4,
         "betas": (0.8, 0.9),
+        "weight_decay": 0.1,
     },
 }
 
@@ -120,8 +122,11 @@ def plain_loop(trainer, module, device, config, control=None):
     sgd = {"momentum": config.momentum, "nesterov": config.nesterov}
     make, more = {
         "sgd": (torch.optim.SGD, sgd),
-        "adam": (torch.optim.Adam, {"betas": config.betas}),
-        "adamw": (torch.optim.AdamW, {"betas": config.betas, "weight_decay": config.weight_decay}),
+        "adam": (torch.optim.Adam, {"betas": config.betas, "eps": config.epsilon}),
+        "adamw": (
+            torch.optim.AdamW,
+            {"betas": config.betas, "eps": config.epsilon, "weight_decay": config.weight_decay},
+        ),
     }[config.optimizer]
     optimizer = make(params, lr=config.learning_rate, **more)
     one, size = np.array([device]), data.size[[device]]

@@ -192,7 +192,14 @@ def test_no_figure_grows_without_bound(tmp_path):
     assert len(data["split"]["devices"]) * 10 <= page_data._HEAT_CELLS
     assert len(data["devices"]["samples"]) <= page_data._SCATTER_POINTS
     assert len(data["strips"]["links"]) <= page_data._STRIP_LINKS
-    assert all(len(r["spans"]) <= page_data._TIMELINE_SPANS for r in data["timelines"]["0"])
+    assert sum(len(r["spans"]["row"]) for r in data["timelines"]["0"]) <= page_data._TIMELINE_SPANS
+
+
+def test_many_rounds_are_thinned_to_what_a_page_can_hold(tmp_path):
+    sample = Sample(names=TWELVE, rounds=700, devices=2)
+    data = page_of(tmp_path, sample).data["strategies"]
+    numbers = sum(len(v) for s in data for v in [*s["x"].values(), *s["y"].values()])
+    assert 0.5 * page_data._CURVE_NUMBERS < numbers < 1.1 * page_data._CURVE_NUMBERS
 
 
 def test_twelve_strategies_look_different():

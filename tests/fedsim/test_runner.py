@@ -249,3 +249,20 @@ def test_the_world_that_is_recorded_is_the_one_that_ran(tmp_path):
     assert world["networks"][0]["strategies"] == ["linear", "fedadam"]
     assert world["model"]["size_bytes"] == 2600
     assert all(math.isclose(x, 256e3) for x in world["networks"][0]["downlink_bps"])
+
+
+@pytest.mark.usefixtures("no_report")
+def test_transfers_and_work_are_recorded_on_request(tmp_path):
+    fedsim.run(tiny("record.transfers=true"), tmp_path)
+    found = load_run(tmp_path).strategies["linear"]
+    transfers = found.table("transfers").to_pandas()
+    work = found.table("compute").to_pandas()
+    rows = found.rounds
+    assert transfers[transfers.kind == "down"].size_bytes.sum() == sum(r.bytes_down for r in rows)
+    arrived = transfers[(transfers.kind == "up") & (transfers.outcome == "delivered")]
+    assert len(arrived) >= sum(row.devices_replied for row in rows)
+    assert (transfers.outcome == "lost").sum() == sum(row.messages_lost for row in rows)
+    assert (transfers.finished >= transfers.released).all()
+    assert (work.finished > work.started).all()
+    assert transfers.route[0].tolist()[-1].startswith("down-")
+    assert (transfers.destination == 6).equals(transfers.kind == "up")

@@ -173,6 +173,21 @@ def test_rounds_worth_a_picture_are_few_and_say_why():
     assert timeline.telling_rounds([]) == {}
 
 
+def test_a_picture_of_a_round_shows_the_last_nodes_whole():
+    spans = timeline.spans_of(recorded([*ROUND, work(4, 0.0, 0.5), work(5, 0.0, 0.1)]))
+    path = timeline.RoundPath(1, 0.0, 10.0, [], 0, 0, None, None)
+
+    def shown(max_nodes: int, max_spans: int) -> dict[int, int]:
+        rows, nodes = timeline.node_rows(spans, path, max_nodes=max_nodes, max_spans=max_spans)
+        assert nodes == 4
+        return {node: len(members) for node, members in rows.items()}
+
+    assert shown(9, 99) == {0: 3, 1: 3, 4: 1, 5: 1}
+    assert shown(3, 99) == {0: 3, 1: 3, 4: 1}
+    assert shown(9, 5) == {0: 3}
+    assert shown(9, 2) == {0: 2}
+
+
 def test_the_trace_holds_rounds_work_transfers_and_links(tmp_path):
     links = [link("up-0", change_times=[0, 5], change_rates_bps=[8e3, 0.0])]
     run = RunResult("r", 1, {"s": recorded(ROUND, links=links)})
