@@ -15,7 +15,7 @@ import yaml
 
 from fedsim.errors import ScenarioError
 
-__all__ = ["Document", "read_document", "read_value", "write_yaml"]
+__all__ = ["Document", "Place", "read_document", "read_value", "write_yaml"]
 
 Place = tuple[str | int, ...]
 

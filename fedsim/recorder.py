@@ -34,6 +34,7 @@ __all__ = [
     "dump_json",
     "strategy_directory",
     "summarise",
+    "world_record",
     "write_summary",
     "write_world",
 ]
@@ -600,7 +601,12 @@ class World:
 
 
 def write_world(path: Path, world: World) -> None:
-    """Write `world.json`, atomically.
+    """Write `world.json`, atomically."""
+    _replace(path, dump_json(world_record(world)) + "\n")
+
+
+def world_record(world: World) -> dict[str, Any]:
+    """Return what `world.json` holds, for runs that stay in memory.
 
     Of more than 5,000 devices it lists 5,000 at equal distances (``devices.listed`` says which);
     totals count all.
@@ -608,36 +614,38 @@ def write_world(path: Path, world: World) -> None:
     samples = np.asarray(world.samples)
     listed = _spread(len(samples))
     labels = None if world.label_counts is None else np.asarray(world.label_counts)
-    value = {
-        "name": world.name,
-        "seed": world.seed,
-        "strategies": list(world.strategies),
-        "rounds": world.rounds,
-        "target": world.target,
-        "data": {
-            "dataset": world.dataset,
-            "partition": world.partition,
-            "classes": world.classes,
-            "train_samples": int(samples.sum()),
-            "test_samples": world.test_samples,
-            "class_samples": None if labels is None else labels.sum(0),
-        },
-        "model": {
-            "kind": world.model,
-            "parameters": world.parameters,
-            "size_bytes": world.model_bytes,
-        },
-        "devices": {
-            "count": len(samples),
-            "availability": world.availability,
-            "listed": listed,
-            "samples": samples[listed],
-            "label_counts": None if labels is None else labels[listed],
-            "speed_samples_per_s": np.asarray(world.speed)[listed],
-        },
-        "networks": [_network(n, len(samples), listed) for n in world.networks],
-    }
-    _replace(path, dump_json(value) + "\n")
+    record: dict[str, Any] = _plain(
+        {
+            "name": world.name,
+            "seed": world.seed,
+            "strategies": list(world.strategies),
+            "rounds": world.rounds,
+            "target": world.target,
+            "data": {
+                "dataset": world.dataset,
+                "partition": world.partition,
+                "classes": world.classes,
+                "train_samples": int(samples.sum()),
+                "test_samples": world.test_samples,
+                "class_samples": None if labels is None else labels.sum(0),
+            },
+            "model": {
+                "kind": world.model,
+                "parameters": world.parameters,
+                "size_bytes": world.model_bytes,
+            },
+            "devices": {
+                "count": len(samples),
+                "availability": world.availability,
+                "listed": listed,
+                "samples": samples[listed],
+                "label_counts": None if labels is None else labels[listed],
+                "speed_samples_per_s": np.asarray(world.speed)[listed],
+            },
+            "networks": [_network(n, len(samples), listed) for n in world.networks],
+        }
+    )
+    return record
 
 
 def _network(network: NetworkWorld, n_devices: int, listed: Any) -> dict[str, Any]:

@@ -117,8 +117,22 @@ class Simulation:
     grid: NetworkGrid
     strategy: Any
 
-    def run(self, record: Callable[[RoundRow], None] = lambda row: None) -> Outcome:
-        """Run the strategy to its end, handing over each line as it is closed."""
+    def run(
+        self,
+        record: Callable[[RoundRow], None] = lambda row: None,
+        recorder: Recorder | None = None,
+    ) -> Outcome:
+        """Run the strategy to its end.
+
+        Parameters
+        ----------
+        record : callable
+            Gets each line as it is closed.
+        recorder : Recorder, optional
+            Gets every transfer and every span of local work, where it keeps them.
+        """
+        if recorder is not None and recorder.has_transfers:
+            self.grid.recorder = recorder
         scenario = self.scenario
         stop, on = scenario.stop, scenario.evaluation.on
         return start(
@@ -179,7 +193,7 @@ def build(
     fleet = _build_fleet(world)
     network = _build_network(env, world)
     trainer = _build_trainer(world, data, device)
-    plan = WorkPlan(_local_config(world), data.size)
+    plan = WorkPlan(_local_config(world), data.size, world.seed)
     executor = _build_executor(world, trainer, plan)
     grid = NetworkGrid(
         env,
@@ -354,6 +368,8 @@ def run(
             finished = _prepare(scenario, out, resume=resume, force=force)
             _write_world(out / "world.json", scenario, simulations)
         runs = _Runs(scenario, out, finished)
+        for name, kept in finished.items():
+            progress(_kept(name, kept, scenario.rounds))
         todo = [name for name in names if name not in finished]
         if jobs == 1 or len(todo) < 2:
             for name in todo:
@@ -416,6 +432,20 @@ class _Runs:
         )
 
 
+def _kept(name: str, result: StrategyResult, rounds: int) -> Progress:
+    """Return what to tell of a strategy that a resumed run keeps."""
+    summary = result.summary
+    return Progress(
+        strategy=name,
+        round=result.rounds[-1].round if result.rounds else 0,
+        rounds=rounds,
+        virtual_time=summary["virtual_time"],
+        accuracy=summary["final_accuracy"],
+        bytes_total=summary["bytes_total"],
+        state="diverged" if summary["diverged"] else "done",
+    )
+
+
 def _run_one(
     simulation: Simulation, out: Path | None, progress: Callable[[Progress], None]
 ) -> tuple[StrategyResult | None, str]:
@@ -440,7 +470,7 @@ def _run_one(
 
         tell(None, "running")
         try:
-            outcome = simulation.run(record)
+            outcome = simulation.run(record, recorder)
         except Exception as error:  # of the strategy, which may be anybody's code
             _log.debug("strategy %s failed", name, exc_info=True)
             why = str(error) if isinstance(error, FedsimError) else repr(error)

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from fedsim import registry
-from fedsim.document import Document, read_document, read_value, write_yaml
+from fedsim.document import Document, Place, read_document, read_value, write_yaml
 from fedsim.errors import ScenarioError
 from fedsim.registry import Problem
 from fedsim.units import Bandwidth, Duration, Size
@@ -53,7 +53,6 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
-Path_ = tuple[str | int, ...]
 
 _STRATEGY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TAKEN_NAMES = frozenset({"plots", "report.html", "scenario.yaml", "summary.json", "world.json"})
@@ -512,10 +511,10 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     return filled, problems
 
 
-def _default(path: tuple[str, ...]) -> dict[str, Any]:
+def _default(path: Place) -> dict[str, Any]:
     section: Any = Scenario
     for key in path[:-1]:
-        section = section.model_fields[key].annotation
+        section = section.model_fields[str(key)].annotation
     default: Spec = section.model_fields[path[-1]].default
     return default.spec()
 
@@ -535,7 +534,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models(inner)
 
 
-def _valid_keys(location: Path_) -> list[str]:
+def _valid_keys(location: Place) -> list[str]:
     """Return the keys that the mapping at a place may have."""
     found: list[type[BaseModel]] = [Scenario]
     for step in location:
@@ -554,7 +553,7 @@ def _valid_keys(location: Path_) -> list[str]:
     return list(dict.fromkeys(key for model in found for key in model.model_fields))
 
 
-def _without_tags(path: Path_, data: Any) -> Path_:
+def _without_tags(path: Place, data: Any) -> Place:
     """Leave out of a place the steps that only say which form of a quantity was meant."""
     kept: list[str | int] = []
     for step in path:
@@ -641,7 +640,7 @@ def _check_strategies(
 
 
 def _check_strategy(
-    path: Path_, entry: Any, data: Mapping[str, Any], world: Scenario | None, known: list[Problem]
+    path: Place, entry: Any, data: Mapping[str, Any], world: Scenario | None, known: list[Problem]
 ) -> tuple[StrategyEntry | None, list[Problem]]:
     given = registry.as_mapping(entry)
     if given is None or not isinstance(given.get("kind"), str):
@@ -712,7 +711,7 @@ def _fill(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _too_few_devices(
-    path: Path_, checked: Mapping[str, Any], given: Mapping[str, Any], world: Scenario
+    path: Place, checked: Mapping[str, Any], given: Mapping[str, Any], world: Scenario
 ) -> Iterator[Problem]:
     """Yield minimal numbers of nodes for which a strategy would wait for ever."""
     devices = world.data.devices
@@ -765,6 +764,8 @@ def _finish(document: Document, overrides: Sequence[str]) -> Scenario:
     for override in overrides:
         _override(document, override)
     data.pop("versions", None)
+    if "study" in data:
+        raise ScenarioError(f"{document.source} is a study without training: use 'fedsim whatif'")
     problems = []
     if data.pop("sweep", None) is not None:
         problems.append(
@@ -808,7 +809,7 @@ def _override(document: Document, override: str) -> None:
     value = read_value(text, option)
     here: Any = document.data
     steps = dotted.strip().split(".")
-    path: Path_ = ()
+    path: Place = ()
     while True:
         step, steps = _next_step(here, steps)
         path = (*path, step)
@@ -818,7 +819,7 @@ def _override(document: Document, override: str) -> None:
         if isinstance(inside, str) and (path in _PARTS or path[:-1] == ("strategies",)):
             inside = {"kind": inside}
         if inside is None:
-            inside = {}
+            inside = _default(path) if path in _PARTS else {}
             document.origin[path] = option
         if not isinstance(inside, dict):
             where = ".".join(map(str, path))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from flwr.app import Array, ArrayRecord, Message
 
-__all__ = ["record_of", "stack_of", "weighted_mean"]
+__all__ = ["mean_of", "record_of", "stack_of"]
 
 
 def record_of(reply: Message) -> ArrayRecord:
@@ -25,37 +25,66 @@ def stack_of(replies: Sequence[Message]) -> dict[str, torch.Tensor]:
     replies : sequence of Message
         At least one; each with one ArrayRecord of the same keys and shapes.
     """
-    records = [record_of(reply) for reply in replies]
-    return {key: _stack([record[key] for record in records]) for key in records[0]}
+    stacks = {}
+    for key, arrays in _columns(replies).items():
+        common, rows = _common_stack(arrays)
+        if common is None:
+            stacks[key] = torch.stack([torch.from_numpy(array.numpy()) for array in arrays])
+        elif rows == list(range(len(common))):
+            stacks[key] = common
+        else:
+            stacks[key] = common[torch.tensor(rows, device=common.device)]
+    return stacks
 
 
-def _stack(arrays: Sequence[Array]) -> torch.Tensor:
-    common = getattr(arrays[0], "stack", None)
-    if common is None or any(getattr(array, "stack", None) is not common for array in arrays):
-        return torch.stack([torch.from_numpy(array.numpy()) for array in arrays])
-    rows = [array.row for array in arrays]  # type: ignore[attr-defined]
-    if rows == list(range(len(common))):
-        return torch.as_tensor(common)
-    stack: torch.Tensor = torch.as_tensor(common)
-    return stack[torch.tensor(rows, device=stack.device)]
-
-
-def weighted_mean(weights: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
-    """Return ``weights @ stack`` over the leading axis.
+def mean_of(replies: Sequence[Message], weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the weighted mean of the arrays of all replies, one ``weights @ stack`` per key.
 
     Parameters
     ----------
-    weights : Tensor of float64, shape (n,)
+    replies : sequence of Message
+        As for `stack_of`.
+    weights : Tensor of float64, shape (n_replies,)
         Summing to 1.
-    stack : Tensor, shape (n, *shape)
-        Integers (counters of batch normalisation) are averaged in float64.
 
     Returns
     -------
-    Tensor, shape ``shape``
+    dict of Tensor, shape ``shape``
+        Integers (counters of batch normalisation) are averaged in float64.
     """
+    means = {}
+    for key, arrays in _columns(replies).items():
+        common, rows = _common_stack(arrays)
+        mean = None
+        if common is not None and len(common) <= 2 * len(rows):
+            # Rows that did not reply weigh nothing: cheaper than copying those that did, unless
+            # one of them is not finite, whose product with zero is not zero.
+            spread = torch.zeros(len(common), dtype=torch.float64)
+            spread.index_add_(0, torch.tensor(rows), weights)
+            mean = _product(spread, common)
+            if not torch.isfinite(mean).all():
+                mean = None
+        if mean is None:
+            mean = _product(weights, stack_of(replies)[key])
+        means[key] = mean
+    return means
+
+
+def _columns(replies: Sequence[Message]) -> dict[str, list[Array]]:
+    records = [record_of(reply) for reply in replies]
+    return {key: [record[key] for record in records] for key in records[0]}
+
+
+def _common_stack(arrays: Sequence[Array]) -> tuple[torch.Tensor | None, list[int]]:
+    """Return the stack that all arrays are rows of, and their rows."""
+    common: torch.Tensor | None = getattr(arrays[0], "stack", None)
+    if common is None or any(getattr(array, "stack", None) is not common for array in arrays):
+        return None, []
+    return common, [array.row for array in arrays]  # type: ignore[attr-defined]
+
+
+def _product(weights: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
     if not stack.is_floating_point():
         stack = stack.double()
     flat = stack.reshape(len(stack), -1)
-    mean = weights.to(device=stack.device, dtype=stack.dtype) @ flat
-    return mean.reshape(stack.shape[1:])
+    return (weights.to(stack.device, stack.dtype) @ flat).reshape(stack.shape[1:])

@@ -6,14 +6,18 @@ stacked tensor, the weighted mean is a single ``w @ X`` instead of a loop over d
 ``super().aggregate_train`` reaches it. Results equal Flower's to rounding.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy.strategy_utils import (
+    aggregate_metricrecords,
+    validate_message_reply_consistency,
+)
 
-from strategies.common import stack_of, weighted_mean
+from strategies.common import mean_of, stack_of
 
 __all__ = [
     "Bulyan",
@@ -50,7 +54,7 @@ class FedAvg(flower.FedAvg):
         ZeroDivisionError
             If no reply has any examples (Flower's own behaviour).
         """
-        return _aggregate(self, replies, weighted_mean)
+        return _aggregate(self, replies, mean_of)
 
 
 class FedProx(flower.FedProx, FedAvg):
@@ -78,7 +82,7 @@ class FedMedian(flower.FedMedian, FedAvg):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """Return the median of the models and the weighted mean of the metrics."""
-        return _aggregate(self, replies, _median)
+        return _aggregate(self, replies, lambda valid, _: _median(valid))
 
 
 class FedTrimmedAvg(flower.FedTrimmedAvg, FedAvg):
@@ -86,7 +90,7 @@ class FedTrimmedAvg(flower.FedTrimmedAvg, FedAvg):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """Return the trimmed mean of the models and the weighted mean of the metrics."""
-        return _aggregate(self, replies, lambda weights, rows: _trimmed_mean(rows, self.beta))
+        return _aggregate(self, replies, lambda valid, _: _trimmed_mean(valid, self.beta))
 
 
 class QFedAvg(flower.QFedAvg, FedAvg):
@@ -108,41 +112,89 @@ class Bulyan(flower.Bulyan, FedAvg):
 def _aggregate(
     strategy: flower.FedAvg,
     replies: Iterable[Message],
-    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    combine: Callable[[Sequence[Message], torch.Tensor], dict[str, torch.Tensor]],
 ) -> Aggregate:
-    """Combine the rows of each array with ``combine(weights, rows)``; average the metrics."""
-    valid, _ = strategy._check_and_log_replies(replies, is_train=True)
+    """Combine the models with ``combine(replies, weights)``; average the metrics."""
+    valid, _ = strategy._check_and_log_replies(replies, is_train=True, validate=False)
     if not valid:
         return None, None
     contents = [message.content for message in valid]
+    _validate(contents, strategy.weighted_by_key)
     weights = torch.tensor(
         [_examples(content, strategy.weighted_by_key) for content in contents],
         dtype=torch.float64,
     )
     if not weights.any():
         raise ZeroDivisionError(f"every reply's {strategy.weighted_by_key!r} is 0")
-    weights /= weights.sum()
     arrays = ArrayRecord()
-    for key, rows in stack_of(valid).items():
-        arrays[key] = Array(np.asarray(combine(weights, rows).cpu().numpy()))
+    for key, value in combine(valid, weights / weights.sum()).items():
+        arrays[key] = Array(np.asarray(value.cpu().numpy()))
+    if strategy.train_metrics_aggr_fn is aggregate_metricrecords:
+        return arrays, _mean_metrics(contents, strategy.weighted_by_key)
     return arrays, strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
 
 
+def _mean_metrics(contents: Sequence[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return what Flower's default does, the weighted mean of each metric, in one product."""
+    records = [_metrics(content) for content in contents]
+    weights = np.array([record[weighted_by_key] for record in records], np.float64)
+    weights /= weights.sum()
+    means = MetricRecord()
+    for key in records[0]:
+        if key != weighted_by_key:
+            mean = weights @ np.array([record[key] for record in records], np.float64)
+            means[key] = mean.tolist()
+    return means
+
+
+def _validate(contents: Sequence[RecordDict], weighted_by_key: str) -> None:
+    """Check the replies as Flower does, whose views of each reply are slow.
+
+    Where all replies have the records and keys of the first, what holds for it holds for all.
+
+    Raises
+    ------
+    InconsistentMessageReplies
+        As `FedAvg` does.
+    """
+    first = _structure(contents[0])
+    is_uniform = all(_structure(content) == first for content in contents[1:])
+    validate_message_reply_consistency(
+        list(contents[:1] if is_uniform else contents), weighted_by_key, check_arrayrecord=True
+    )
+
+
+def _structure(content: RecordDict) -> list[tuple[str, type, tuple[str, ...]]]:
+    """Return the names, types and keys of the arrays and metrics in a reply."""
+    records = content.items()
+    return [(n, type(r), tuple(r)) for n, r in records if not isinstance(r, ConfigRecord)]
+
+
 def _examples(content: RecordDict, key: str) -> float:
-    metrics = next(r for r in content.values() if isinstance(r, MetricRecord))
-    return float(metrics[key])  # type: ignore[arg-type]
+    return float(_metrics(content)[key])  # type: ignore[arg-type]
 
 
-def _median(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    ordered = rows.sort(dim=0).values
-    low, high = (len(rows) - 1) // 2, len(rows) // 2
-    return ordered[low : high + 1].mean(dim=0, dtype=_mean_dtype(rows))
+def _metrics(content: RecordDict) -> MetricRecord:
+    return next(r for r in content.values() if isinstance(r, MetricRecord))
 
 
-def _trimmed_mean(rows: torch.Tensor, share: float) -> torch.Tensor:
-    cut = int(share * len(rows))
-    kept = rows.sort(dim=0).values[cut : len(rows) - cut]
-    return kept.mean(dim=0, dtype=_mean_dtype(rows))
+def _trimmed_mean(replies: Sequence[Message], share: float) -> dict[str, torch.Tensor]:
+    """Return the mean of each coordinate without `share` of the values at either end."""
+    means = {}
+    for key, rows in stack_of(replies).items():
+        cut = int(share * len(rows))
+        kept = rows.sort(dim=0).values[cut : len(rows) - cut]
+        means[key] = kept.mean(dim=0, dtype=_mean_dtype(rows))
+    return means
+
+
+def _median(replies: Sequence[Message]) -> dict[str, torch.Tensor]:
+    """Return the median of each coordinate; of an even number the mean of the middle two."""
+    medians = {}
+    for key, rows in stack_of(replies).items():
+        middle = rows.sort(dim=0).values[(len(rows) - 1) // 2 : len(rows) // 2 + 1]
+        medians[key] = middle.mean(dim=0, dtype=_mean_dtype(rows))
+    return medians
 
 
 def _mean_dtype(rows: torch.Tensor) -> torch.dtype:

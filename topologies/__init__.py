@@ -1,6 +1,54 @@
 """Graphs, routing, mixing weights, collectives and their cost; needs networkx and numpy only."""
 
-from topologies.attributes import devices_of, hosts_of, servers_of, switches_of
+from topologies.attributes import (
+    devices_of,
+    hosts_of,
+    servers_of,
+    switches_of,
+)
+from topologies.clocks import (
+    LinkChange,
+)
+from topologies.closed_forms import (
+    ClosedForm,
+    bus_bandwidth,
+    closed_form,
+    crossover_bytes,
+    job_reduction,
+    lower_bound,
+    required_efficiency,
+)
+from topologies.cost import (
+    Hardware,
+    Prices,
+    bcube_counts,
+    fat_tree_counts,
+    hardware,
+    pro_rated_ratio,
+    pro_rated_switches,
+)
+from topologies.datacentre import (
+    bcube,
+    dcell,
+    dragonfly,
+    fat_tree,
+    leaf_spine,
+    smallest_fat_tree,
+)
+from topologies.dynamics import (
+    Connectivity,
+    b_connectivity,
+    dropped_links,
+    one_peer_exponential,
+    random_matching,
+    redrawn,
+    relabelled,
+    timeline,
+)
+from topologies.formats import (
+    from_file,
+    research_network,
+)
 from topologies.generators import (
     complete,
     exponential,
@@ -12,19 +60,174 @@ from topologies.generators import (
     torus,
     tree,
 )
+from topologies.inspection import (
+    bisection_bps,
+    describe,
+    device_graph,
+)
+from topologies.mixing import (
+    is_doubly_stochastic,
+    is_row_stochastic,
+    is_symmetric,
+    max_degree,
+    metropolis,
+    optimal_constant,
+    push_sum,
+    spectral_gap,
+    uniform_neighbour,
+)
+from topologies.msccl import (
+    from_msccl_xml,
+)
+from topologies.overlap import (
+    Iteration,
+    buckets_of,
+    iteration_time,
+)
+from topologies.paths import (
+    bcube_digits,
+    bcube_disjoint_paths,
+    bcube_paths,
+    bcube_switch,
+    equal_cost_paths,
+    hashed_path,
+    shortest_path,
+)
+from topologies.placement import (
+    all_to_all_schedule,
+    binomial_tree_schedule,
+    bml_schedule,
+    dimension_rings_schedule,
+    double_binary_tree_schedule,
+    halving_doubling_schedule,
+    ps_colocated_schedule,
+    ps_dedicated_schedule,
+    ps_hierarchical_schedule,
+    recursive_doubling_schedule,
+    ring_schedule,
+    rotated_rings_schedule,
+)
+from topologies.profiles import (
+    Profile,
+    Tensor,
+    custom_profile,
+    profile,
+)
+from topologies.random_graphs import (
+    barabasi_albert,
+    erdos_renyi,
+    expander,
+    random_geometric,
+    random_regular,
+    watts_strogatz,
+)
+from topologies.routing import (
+    Router,
+)
+from topologies.schedules import (
+    Schedule,
+)
+from topologies.timing import (
+    CostModel,
+    LoadPlan,
+    Timing,
+    time_schedule,
+)
 
 __all__ = [
+    "ClosedForm",
+    "Connectivity",
+    "CostModel",
+    "Hardware",
+    "Iteration",
+    "LinkChange",
+    "LoadPlan",
+    "Prices",
+    "Profile",
+    "Router",
+    "Schedule",
+    "Tensor",
+    "Timing",
+    "all_to_all_schedule",
+    "b_connectivity",
+    "barabasi_albert",
+    "bcube",
+    "bcube_counts",
+    "bcube_digits",
+    "bcube_disjoint_paths",
+    "bcube_paths",
+    "bcube_switch",
+    "binomial_tree_schedule",
+    "bisection_bps",
+    "bml_schedule",
+    "buckets_of",
+    "bus_bandwidth",
+    "closed_form",
     "complete",
+    "crossover_bytes",
+    "custom_profile",
+    "dcell",
+    "describe",
+    "device_graph",
     "devices_of",
+    "dimension_rings_schedule",
+    "double_binary_tree_schedule",
+    "dragonfly",
+    "dropped_links",
+    "equal_cost_paths",
+    "erdos_renyi",
+    "expander",
     "exponential",
+    "fat_tree",
+    "fat_tree_counts",
+    "from_file",
+    "from_msccl_xml",
     "grid",
+    "halving_doubling_schedule",
+    "hardware",
+    "hashed_path",
     "hosts_of",
     "hypercube",
+    "is_doubly_stochastic",
+    "is_row_stochastic",
+    "is_symmetric",
+    "iteration_time",
+    "job_reduction",
+    "leaf_spine",
     "line",
+    "lower_bound",
+    "max_degree",
+    "metropolis",
+    "one_peer_exponential",
+    "optimal_constant",
+    "pro_rated_ratio",
+    "pro_rated_switches",
+    "profile",
+    "ps_colocated_schedule",
+    "ps_dedicated_schedule",
+    "ps_hierarchical_schedule",
+    "push_sum",
+    "random_geometric",
+    "random_matching",
+    "random_regular",
+    "recursive_doubling_schedule",
+    "redrawn",
+    "relabelled",
+    "required_efficiency",
+    "research_network",
     "ring",
+    "ring_schedule",
+    "rotated_rings_schedule",
     "servers_of",
+    "shortest_path",
+    "smallest_fat_tree",
+    "spectral_gap",
     "star",
     "switches_of",
+    "time_schedule",
+    "timeline",
     "torus",
     "tree",
+    "uniform_neighbour",
+    "watts_strogatz",
 ]

@@ -53,7 +53,8 @@ def label(family: str, parameters: Mapping[str, Any]) -> str:
     >>> label("bcube", {"n": 4, "k": 2})
     'bcube(n=4, k=2)'
     """
-    return f"{family}({', '.join(f'{k}={_short(v)}' for k, v in parameters.items())})"
+    arguments = ", ".join(f"{k}={_short(v)}" for k, v in parameters.items())
+    return f"{family}({arguments})" if arguments else family
 
 
 def _short(value: object) -> str:

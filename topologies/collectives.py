@@ -329,8 +329,7 @@ def hierarchical_parameter_server(
         step_of([(b, a, 0, 1, "copy") for a, b in lower]),
     ]
     ranks = max(*workers, *heads, top) + 1
-    used = tuple(step for step in steps if len(step))
-    return Schedule("ps_hierarchical", ranks, 1, used, tuple(workers))
+    return Schedule("ps_hierarchical", ranks, 1, tuple(steps), tuple(workers))
 
 
 def dimension_rings(dims: Sequence[int], *, rotated: bool = False) -> Schedule:

@@ -66,7 +66,9 @@ def from_file(
     except (nx.NetworkXException, json.JSONDecodeError, KeyError, SyntaxError) as error:
         raise ValueError(f"{path}: not a graph: {error!r}") from error
     graph = _numbered(raw, path, latency)
-    return annotate(graph, path.stem, {}, bandwidth=bandwidth, latency=latency or 0.0)
+    annotate(graph, "custom", {}, bandwidth=bandwidth, latency=latency or 0.0)
+    graph.graph["name"] = path.stem
+    return graph
 
 
 def research_network(

@@ -72,7 +72,7 @@ def equal_cost_paths(
     graph : networkx.Graph
     source, destination : int
     weight : str
-        ``hops``, ``latency``, or ``bandwidth`` (the sum of 1/rate).
+        ``hops``, ``latency``, or ``bandwidth`` (the sum of 1/rate); fewer hops break ties.
 
     Raises
     ------
@@ -91,9 +91,11 @@ def equal_cost_paths(
         "bandwidth": lambda u, v, data: 1.0 / data.get("bandwidth", math.inf),
     }[weight]
     try:
-        return sorted(nx.all_shortest_paths(graph, source, destination, weight=cost))
+        paths = sorted(nx.all_shortest_paths(graph, source, destination, weight=cost))
     except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
         raise ValueError(f"no route from {source} to {destination}: {error}") from error
+    fewest = min(len(path) for path in paths)
+    return [path for path in paths if len(path) == fewest]
 
 
 def hashed_path(

@@ -101,16 +101,18 @@ def ps_dedicated_schedule(
     return collectives.parameter_server(ranks, servers)
 
 
-def ps_hierarchical_schedule(graph: Graph, n_bytes: int | None = None) -> Schedule:
+def ps_hierarchical_schedule(
+    graph: Graph, n_bytes: int | None = None, *, group: int | None = None
+) -> Schedule:
     """Return members to leader to root and back, the groups taken from the graph.
 
-    In a tree the leaders are the edge servers and the root is the cloud. Elsewhere the group is
-    what shares a switch (level 0 of BCube), or about sqrt(N) consecutive devices; its leader is its
-    first device.
+    In a tree the leaders are the edge servers and the root is the cloud. Elsewhere a group is
+    `group` consecutive devices, led by the first: by default a pod of a Fat-Tree, what shares a
+    switch (of level 0 in BCube), else about sqrt(N).
     """
     ranks = _ranks(graph)
     servers = servers_of(graph)
-    if family_of(graph) == "tree" and len(servers) > 1:
+    if group is None and family_of(graph) == "tree" and len(servers) > 1:
         rank_of = {server: ranks + i for i, server in enumerate(servers)}
         below: dict[int, list[int]] = defaultdict(list)
         for device in devices_of(graph):
@@ -120,17 +122,18 @@ def ps_hierarchical_schedule(graph: Graph, n_bytes: int | None = None) -> Schedu
         return collectives.hierarchical_parameter_server(
             [below[edge] for edge in edges], heads, rank_of[servers[0]]
         )
-    size = _group_size(graph, ranks)
+    size = group or _group_size(graph, ranks)
     groups = [list(range(i, min(i + size, ranks))) for i in range(0, ranks, size)]
     return collectives.hierarchical_parameter_server(groups)
 
 
 def _group_size(graph: Graph, ranks: int) -> int:
+    """Return the hosts of a pod of a Fat-Tree, at a switch elsewhere, else about sqrt(N)."""
     sizes = graph.graph.get("parameters", {})
     at_a_switch = {
         "bcube": sizes.get("n"),
         "dcell": sizes.get("n"),
-        "fat_tree": sizes.get("ports", 0) // 2,
+        "fat_tree": sizes.get("ports", 0) ** 2 // 4,
         "leaf_spine": sizes.get("hosts_per_leaf"),
         "dragonfly": sizes.get("hosts_per_router"),
     }
@@ -160,23 +163,16 @@ def _dimensions(graph: Graph) -> tuple[int, ...]:
     sizes = graph.graph.get("parameters", {})
     family = family_of(graph)
     if family in ("torus", "grid"):
-        return tuple(sizes["dims"])
+        return tuple(int(size) for size in sizes["dims"])
     if family == "bcube":
-        return (sizes["n"],) * sizes["k"]
+        return (int(sizes["n"]),) * int(sizes["k"])
     if family == "hypercube":
         return (2,) * int(sizes["dimension"])
     if family in ("fat_tree", "leaf_spine", "dragonfly", "dcell", "star"):
-        inner = _pod_size(graph, ranks)
+        inner = _group_size(graph, ranks)
         if ranks % inner == 0 and inner > 1:
             return (inner, ranks // inner) if ranks > inner else (inner,)
-    raise ValueError(f"dimension_rings needs dimensions, and {_name(graph)} has none")
-
-
-def _pod_size(graph: Graph, ranks: int) -> int:
-    """Return the hosts of a pod of a Fat-Tree, else of a group."""
-    if family_of(graph) == "fat_tree":
-        return int(graph.graph["parameters"]["ports"] ** 2 // 4)
-    return _group_size(graph, ranks)
+    raise ValueError(f"rings in each dimension need dimensions, and {_name(graph)} has none")
 
 
 def _name(graph: Graph) -> str:

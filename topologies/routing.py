@@ -77,8 +77,8 @@ class LinkTable:
         return at
 
     def name(self, link: int) -> str:
-        """Return how tables and errors call a link: ``3->17``."""
-        return f"{self.source[link]}->{self.target[link]}"
+        """Return how tables and errors call a link: ``3>17``."""
+        return f"{self.source[link]}>{self.target[link]}"
 
 
 def link_table(graph: Graph) -> LinkTable:
@@ -169,7 +169,8 @@ class Router:
         differ, the shortest detours where none survives. ``explicit``: as given in `explicit`.
         ``auto``: ``bcube`` on that family, else ``spray``.
     weight : str
-        What a shortest path minimises: ``hops``, ``latency``, or ``bandwidth`` (the sum of 1/rate).
+        What a shortest path minimises: ``hops``, ``latency``, or ``bandwidth`` (the sum of 1/rate);
+        fewer hops break ties.
     seed : int
         Of the hash.
     explicit : mapping, optional
@@ -405,7 +406,8 @@ class Router:
 
 
 def _no_route(source: int, destination: int, down: frozenset[tuple[int, int] | int]) -> ValueError:
-    reason = f"; down: {sorted(map(str, down))}" if down else ""
+    names = [str(item) if isinstance(item, int) else f"{item[0]}-{item[1]}" for item in down]
+    reason = f" while {', '.join(sorted(names))} is down" if down else ""
     return ValueError(f"no route from {source} to {destination}: no path exists{reason}")
 
 

@@ -1,7 +1,7 @@
 """All devices' data side by side in one tensor, ready for the trainer."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -11,9 +11,43 @@ from torch import Tensor
 from fedsim.data.datasets import Dataset
 from fedsim.errors import ScenarioError
 
-__all__ = ["FederatedData", "federate"]
+__all__ = ["DeviceData", "FederatedData", "federate"]
 
 IntArray = NDArray[np.int64]
+
+
+class DeviceData(Protocol):
+    """What training asks of data: `FederatedData` holds all, `StreamedData` draws it when asked."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def size(self) -> IntArray: ...  # noqa: D102
+    @property
+    def x_test(self) -> Tensor: ...  # noqa: D102
+    @property
+    def y_test(self) -> Tensor: ...  # noqa: D102
+    @property
+    def n_classes(self) -> int: ...  # noqa: D102
+    @property
+    def n_devices(self) -> int: ...  # noqa: D102
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def mean(self) -> tuple[float, ...] | None: ...  # noqa: D102
+    @property
+    def std(self) -> tuple[float, ...] | None: ...  # noqa: D102
+
+    def pack(self, devices: IntArray) -> tuple[Tensor, Tensor, IntArray]:
+        """Return x, y that hold the devices' training samples, and each device's first row."""
+
+    def local_set(
+        self, devices: IntArray, split: Literal["train", "test"]
+    ) -> tuple[Tensor, Tensor, IntArray, IntArray]:
+        """Return x, y, and for each device the first row and the number of its samples."""
+
+    def label_counts(self) -> IntArray:
+        """Return how many training samples of each class each device holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +100,25 @@ class FederatedData:
     def pack(self, devices: IntArray) -> tuple[Tensor, Tensor, IntArray]:
         """Return x, y and the first row of each of the devices (no copy)."""
         return self.x, self.y, self.start[devices]
+
+    def local_set(
+        self, devices: IntArray, split: Literal["train", "test"]
+    ) -> tuple[Tensor, Tensor, IntArray, IntArray]:
+        """Return x, y, and for each device the first row and number of its own samples.
+
+        Raises
+        ------
+        ScenarioError
+            If a local test set is asked for and there is none.
+        """
+        if split == "train":
+            return self.x, self.y, self.start[devices], self.size[devices]
+        if self.local_test_start is None or self.local_test_size is None:
+            raise ScenarioError(
+                "evaluation: the devices have no test samples of their own; "
+                "set data.local_test_fraction"
+            )
+        return self.x, self.y, self.local_test_start[devices], self.local_test_size[devices]
 
     def label_counts(self) -> IntArray:
         """Return how many training samples of each class each device holds.

@@ -4,6 +4,9 @@ Each is `partition_x(labels, n_devices, *, rng, ..., min_samples=1) -> list[IntA
 array of sample indices for every device, each of at least `min_samples`.
 """
 
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from fedsim.errors import ScenarioError
 __all__ = [
     "partition_dirichlet",
     "partition_dirichlet_quantity",
+    "partition_flower",
     "partition_iid",
     "partition_natural",
     "partition_pathological",
@@ -236,6 +240,66 @@ def partition_natural(
     chosen = np.sort(rng.choice(eligible, n_devices, replace=False))
     parts = _by_device(index.astype(np.int64), len(ids))
     return [parts[i] for i in chosen]
+
+
+def partition_flower(
+    labels: IntArray,
+    n_devices: int,
+    *,
+    rng: np.random.Generator,
+    partitioner: str,
+    arguments: Mapping[str, Any] | None = None,
+    min_samples: int = 1,
+) -> list[IntArray]:
+    """Split with one of Flower's own partitioners (needs the package `flwr-datasets`).
+
+    Parameters
+    ----------
+    partitioner : str
+        Name of a class of `flwr_datasets.partitioner`, for example ``"DirichletPartitioner"``.
+    arguments : mapping, optional
+        Its further arguments; the number of partitions, the column of labels and a seed drawn
+        from `rng` are filled in where it takes them.
+
+    Returns
+    -------
+    list of ndarray of int64
+        As `partition_iid`, except that some of Flower's partitioners drop samples.
+
+    Raises
+    ------
+    ScenarioError
+        If the package or the class is missing, or the class refuses its arguments.
+    """
+    _check_enough(len(labels), n_devices, min_samples)
+    try:
+        table = import_module("datasets").Dataset
+        flower = import_module("flwr_datasets.partitioner")
+    except ImportError as error:
+        raise ScenarioError(
+            "data.partition: flower needs the package flwr-datasets (pip install flwr-datasets)"
+        ) from error
+    make = getattr(flower, partitioner, None)
+    if make is None:
+        raise ScenarioError(f"data.partition.partitioner: flwr_datasets has no {partitioner!r}")
+    known = inspect.signature(make).parameters
+    usual = {
+        "num_partitions": n_devices,
+        "partition_by": "label",
+        "seed": int(rng.integers(2**31)),
+    }
+    try:
+        chosen = make(
+            **{key: value for key, value in usual.items() if key in known} | dict(arguments or {})
+        )
+        chosen.dataset = table.from_dict({"index": np.arange(len(labels)), "label": labels})
+        parts = [
+            np.sort(np.asarray(chosen.load_partition(i)["index"], np.int64))
+            for i in range(n_devices)
+        ]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ScenarioError(f"data.partition: {partitioner}: {error}") from error
+    return _large_enough(parts, min_samples, partitioner)
 
 
 def _proportions(rng: np.random.Generator, alpha: float, n: int) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedsim.errors import PayloadError
+from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan, round_of
 from fedsim.flower.records import payload_bytes, stack_records, stacked_record
 from fedsim.learning.config import LocalConfig
@@ -151,15 +152,12 @@ def _train(
     stacks = trainer.layout.views(result.params)
     name = "gradients" if config.mode == "gradient" else "arrays"
     samples = trainer.data.size[who]
-    return [
-        RecordDict(
-            {
-                name: stacked_record(stacks, i),
-                "metrics": MetricRecord({"num-examples": n, "train_loss": loss}),
-            }
-        )
-        for i, (n, loss) in enumerate(zip(samples.tolist(), result.loss.tolist(), strict=True))
-    ]
+    contents = []
+    for i, (n, loss) in enumerate(zip(samples.tolist(), result.loss.tolist(), strict=True)):
+        metrics = compat.fill(MetricRecord(), {"num-examples": n, "train_loss": loss})
+        records = {name: stacked_record(stacks, i), "metrics": metrics}
+        contents.append(compat.fill(RecordDict(), records))
+    return contents
 
 
 def _evaluate(

@@ -10,15 +10,24 @@ name                       needed because
 ``ErrorCode``              an error reply carries one of its numbers
 ``strategy_utils.sleep``   `sample_nodes` waits for nodes with it, in wall time
 ``Metadata._message_id``   a grid sets it; there is no public setter
+``TypedDict._data``        a record checks each value as it is set, which costs more than
+                           simulating the message; values made here need no check
 =========================  =========================================================
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR, INFO, getLogger
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import DEFAULT_TTL, Message
+from flwr.app import (
+    DEFAULT_TTL,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import strategy_utils
 from flwr.supercore.run import Run
@@ -36,6 +45,7 @@ __all__ = [
     "NODE_UNAVAILABLE",
     "Run",
     "empty_run",
+    "fill",
     "identity",
     "patched_sleep",
     "quiet_flower",
@@ -46,7 +56,15 @@ CLIENT_APP_RAISED = int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 MESSAGE_UNAVAILABLE = int(ErrorCode.MESSAGE_UNAVAILABLE)
 NODE_UNAVAILABLE = int(ErrorCode.NODE_UNAVAILABLE)
 
+RecordT = TypeVar("RecordT", bound=ArrayRecord | ConfigRecord | MetricRecord | RecordDict)
+
 _IDENTITY_FIELDS = ("_run_id", "_node_id", "_task_id")
+
+
+def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
+    """Put values of the right types into a new record without checking each; return it."""
+    record.__dict__["_data"].update(values)
+    return record
 
 
 def empty_run(run_id: int = 1) -> Run:

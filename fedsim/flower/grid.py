@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from fedsim.devices import DeviceFleet
 from fedsim.errors import NetworkError, NoNodesError
 from fedsim.flower import compat
-from fedsim.flower.instructions import WorkPlan, read_exchange
+from fedsim.flower.instructions import WorkPlan, read_exchange, round_of
 from fedsim.flower.records import (
     cast_like,
     flower_bytes,
@@ -33,8 +33,9 @@ from fedsim.flower.records import (
     template_of,
 )
 from fedsim.learning.config import LocalConfig
-from fedsim.network import Network
+from fedsim.network import Delivery, Network
 from fedsim.network.exchange import Trip, serve
+from fedsim.recorder import ComputeRow, Recorder, TransferRow
 
 __all__ = ["NODE_BASE", "Executor", "NetworkGrid", "Traffic"]
 
@@ -146,6 +147,8 @@ class NetworkGrid(Grid):
 
     Attributes
     ----------
+    recorder : Recorder or None
+        Gets every transfer and every span of local work.
     trips : list of Trip
         Every instruction pushed, in order, if `keep_trips` was asked for.
     """
@@ -169,6 +172,7 @@ class NetworkGrid(Grid):
         self.network = network
         self.fleet = fleet
         self.trips: list[Trip] | None = [] if keep_trips else None
+        self.recorder: Recorder | None = None
         self.on_train_push: Callable[[], None] = lambda: None
         self._executor = executor
         self._work = work
@@ -362,7 +366,8 @@ class NetworkGrid(Grid):
             device=device,
             kind=meta.message_type,
             pushed=self.env.now,
-            samples=self._work.samples(meta.message_type, cargo.config, device),
+            round=round_of(message),
+            samples=self._work.samples(message, cargo.config, device),
             bytes_down=cargo.size_bytes,
         )
         known = cargo.reply_bytes
@@ -388,7 +393,45 @@ class NetworkGrid(Grid):
         self._traffic.messages_sent += 1
         if is_there:
             self._traffic.bytes_down += trip.bytes_down
-        serve(self.network, self.fleet, trip, reply_bytes=self._reply_bytes, done=self._arrive)
+        serve(
+            self.network,
+            self.fleet,
+            trip,
+            reply_bytes=self._reply_bytes,
+            done=self._arrive,
+            observe=None if self.recorder is None else self._observe,
+        )
+
+    def _observe(self, trip: Trip, way: str, delivery: Delivery) -> None:
+        """Record a payload that has arrived or was given up, and the work before a reply."""
+        assert self.recorder is not None
+        kind = way if _is_train_type(trip.kind) else f"{trip.kind.partition('.')[0]}-{way}"
+        self.recorder.transfer(
+            TransferRow(
+                round=trip.round,
+                message=int(trip.message_id),
+                kind=kind,
+                source=delivery.source,
+                destination=delivery.destination,
+                released=trip.pushed if way == "down" else trip.computed,
+                started=delivery.started,
+                first_byte=delivery.first_byte,
+                finished=delivery.finished,
+                size_bytes=delivery.size_bytes,
+                outcome=delivery.outcome,
+                route=tuple(self.network.link_name(link) for link in delivery.route),
+            )
+        )
+        if way == "up":
+            self.recorder.compute(
+                ComputeRow(
+                    round=trip.round,
+                    device=trip.device,
+                    kind=trip.kind.partition(".")[0],
+                    started=trip.started,
+                    finished=trip.computed,
+                )
+            )
 
     def _reply_bytes(self, trip: Trip) -> int:
         """Return what the reply weighs, now that it sets off."""
@@ -496,18 +539,17 @@ class NetworkGrid(Grid):
         metrics = next((r for r in records if isinstance(r, MetricRecord)), None)
         if metrics is not None:
             noted = self._traffic.evaluate
-            if trip.kind.startswith("train"):
+            if _is_train_type(trip.kind):
                 self._traffic.replied.add(trip.device)
                 noted = self._traffic.train
             noted.append((trip.device, dict(metrics)))
-        reply.content["delivery"] = ConfigRecord(
-            {
-                "sent_bytes": trip.bytes_up,
-                "received_bytes": trip.bytes_down,
-                "started": trip.pushed,
-                "finished": trip.finished,
-            }
-        )
+        delivery = {
+            "sent_bytes": trip.bytes_up,
+            "received_bytes": trip.bytes_down,
+            "started": trip.pushed,
+            "finished": trip.finished,
+        }
+        compat.fill(reply.content, {"delivery": compat.fill(ConfigRecord(), delivery)})
 
     def _run_until(self, open_ids: set[str], deadline: float, *, needed: int) -> None:
         """Advance virtual time until `needed` of the instructions are decided, or `deadline`."""
@@ -527,4 +569,8 @@ class NetworkGrid(Grid):
 
 
 def _is_train(message: Message) -> bool:
-    return message.metadata.message_type.startswith("train")
+    return _is_train_type(message.metadata.message_type)
+
+
+def _is_train_type(message_type: str) -> bool:
+    return message_type.partition(".")[0] == "train"

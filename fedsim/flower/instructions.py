@@ -81,7 +81,7 @@ def training_config(config: LocalConfig) -> ConfigRecord:
     record = ConfigRecord({"learning-rate": config.learning_rate, "batch-size": config.batch_size})
     if config.local_steps is None:
         record["local-epochs"] = config.local_epochs
-    else:
+    elif isinstance(config.local_steps, int):  # a range is drawn from by fedsim's own app only
         record["local-steps"] = config.local_steps
     return record
 
@@ -96,10 +96,13 @@ class WorkPlan:
         The scenario's training, used for every key that a config leaves out.
     sizes : ndarray of int, shape (n_devices,)
         Training samples of each device.
+    seed : int
+        Of the numbers of local steps, where devices draw them.
     """
 
     defaults: LocalConfig
     sizes: NDArray[np.int64]
+    seed: int = 0
 
     def local_config(self, content: RecordDict) -> LocalConfig:
         """Return the local work that an instruction asks for.
@@ -126,24 +129,26 @@ class WorkPlan:
         except (ScenarioError, TypeError, ValueError) as error:
             raise PayloadError(f"an instruction's config asks for {keys}: {error}") from error
 
-    def samples(self, message_type: str, config: LocalConfig, device: int) -> float:
+    def samples(self, message: Message, config: LocalConfig, device: int) -> float:
         """Return the work of an instruction in training samples.
 
         Epochs × the device's data, or steps × batch; evaluation counts a third of its data;
         anything else nothing.
         """
         size = int(self.sizes[device])
-        action = message_type.partition(".")[0]
+        action = message.metadata.message_type.partition(".")[0]
         if action == "evaluate":
             return size * _EVALUATION_SHARE
         if action != "train":
             return 0.0
-        batch = min(config.batch_size or size, size)
-        if config.mode == "gradient":
-            return float(batch)
-        if config.local_steps is not None:
-            return float(config.local_steps * batch)
-        return float(config.local_epochs * size)
+        if config.mode == "local_sgd" and config.local_steps is None:
+            return float(config.local_epochs * size)
+        low, high = config.step_range
+        steps = 1 if config.mode == "gradient" else low
+        if high > low:
+            row = np.array([size]), np.array([round_of(message)]), np.array([device])
+            steps = int(config.steps_of(row[0], seed=self.seed, rounds=row[1], devices=row[2])[0])
+        return float(steps * min(config.batch_size or size, size))
 
 
 _CONFIG_KEYS = {

@@ -22,6 +22,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedsim.flower import compat
+
 __all__ = [
     "LazyArray",
     "LazyArrayRecord",
@@ -178,10 +180,9 @@ def _header_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def stacked_record(stacks: Mapping[str, torch.Tensor], row: int) -> LazyArrayRecord:
     """Return the record whose arrays are row `row` of `stacks`, each `(n_devices, *shape)`."""
-    record = LazyArrayRecord()
-    for key, stack in stacks.items():
-        record[key] = LazyArray(stack, row)
-    return record
+    return compat.fill(
+        LazyArrayRecord(), {key: LazyArray(stack, row) for key, stack in stacks.items()}
+    )
 
 
 def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import save_file
 
+from fedsim.data.federated import FederatedData
 from fedsim.flower.records import stack_records, stacked_record
 from fedsim.flower.session import Evaluation
 from fedsim.learning.trainer import Trainer
@@ -32,6 +33,7 @@ def score(trainer: Trainer, arrays: ArrayRecord, on: str = "global_test") -> Eva
     data = trainer.data
     x, y = data.x_test, data.y_test
     if on == "validation":
+        assert isinstance(data, FederatedData)
         assert data.x_validation is not None
         assert data.y_validation is not None
         x, y = data.x_validation, data.y_validation

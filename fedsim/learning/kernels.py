@@ -6,20 +6,45 @@ layers by heart; `VmapKernel` maps any module with `torch.func`. Both are equal 
 (`trainer`) up to rounding.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own name)
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
+from fedsim.learning.config import ExtraLoss
+from fedsim.learning.draws import KeyedLayers, keyed_mask
 from fedsim.learning.layout import Layout
 from fedsim.learning.losses import Loss
 from fedsim.learning.optimizers import per_row
+from fedsim.learning.stack import ModelStack, State
 
-__all__ = ["Kernel", "LinearKernel", "VmapKernel", "linear_layers"]
+__all__ = ["Batch", "Kernel", "Layer", "LinearKernel", "VmapKernel", "linear_layers"]
 
-State = dict[str, Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's samples of the first k devices of a chunk.
+
+    Parameters
+    ----------
+    x, y : Tensor, shape (k, width, ...)
+    weight : Tensor, shape (k, width)
+        Of each sample in its device's loss; 0 for padding.
+    keys : Tensor of int64, shape (k,)
+        Name the random draws of this step.
+    rows : dict of Tensor, shape (k, ...)
+        What an extra loss needs of each device.
+    """
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    keys: Tensor
+    rows: State
 
 
 class Kernel(Protocol):
@@ -28,62 +53,58 @@ class Kernel(Protocol):
     def bind(self, state: State, *, shared: bool) -> None:
         """Use these stacked tensors `(c, *shape)`; `shared`: one row that serves all devices."""
 
-    def gradients(
-        self, k: int, x: Tensor, y: Tensor, weight: Tensor, keys: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """Return the gradients by trained name, each (k, *shape), and the losses (k,).
-
-        Parameters
-        ----------
-        k : int
-        x, y : Tensor, shape (k, width, ...)
-        weight : Tensor, shape (k, width)
-            Of each sample in the loss; 0 for padding.
-        keys : Tensor of int64, shape (k,)
-            Name the random draws of this step.
-        """
+    def gradients(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Return the gradients by trained name, each (k, *shape), and the losses (k,)."""
 
     def outputs(self, x: Tensor) -> Tensor:
         """Return every bound model's outputs, (c, n, ...), for common inputs x (n, ...)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a linear stack: its kind, the names of its tensors, its dropout rate."""
+
+    kind: str
+    weight: str = ""
+    bias: str | None = None
+    rate: float = 0.0
+
+
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
-Layer = tuple[str, str, str | None]
 
 
 def linear_layers(module: nn.Module) -> list[Layer] | None:
-    """Return a stack of linear layers as (kind, weight name, bias name), or None if it is not one.
+    """Return the layers of a stack of linear layers, or None if the module is not one.
 
     It may begin with a flatten, ends with a linear layer and shares no weights. Only exact types
     count: a subclass may do something else, and so may hooks and parametrisations.
     """
     layers = _layers(module, "")
-    if not layers or layers[-1][0] != "linear":
+    if not layers or layers[-1].kind != "linear":
         return None
-    n_weights = sum(kind == "linear" for kind, _, _ in layers)
-    is_front = all(kind != "flatten" for kind, _, _ in layers[1:])
-    is_unshared = n_weights == len({id(m) for m in module.modules() if type(m) is nn.Linear})
-    return layers if is_front and is_unshared and _owns_all(module) else None
-
-
-def _owns_all(module: nn.Module) -> bool:
-    """Whether every tensor of the state has one name only."""
     tensors = module.state_dict(keep_vars=True).values()
-    return len({id(tensor) for tensor in tensors}) == len(tensors)
+    is_unshared = len({id(tensor) for tensor in tensors}) == len(tensors)
+    n_modules = len([m for m in module.modules() if type(m) is nn.Linear])
+    is_unshared &= n_modules == sum(layer.kind == "linear" for layer in layers)
+    is_front = all(layer.kind != "flatten" for layer in layers[1:])
+    return layers if is_front and is_unshared else None
 
 
 def _layers(module: nn.Module, prefix: str) -> list[Layer] | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return None
     if type(module) is nn.Linear and all(p.requires_grad for p in module.parameters()):
-        bias = None if module.bias is None else f"{prefix}bias"
-        return [("linear", f"{prefix}weight", bias)]
+        return [
+            Layer("linear", f"{prefix}weight", f"{prefix}bias" if module.bias is not None else None)
+        ]
     if type(module) in _ACTIVATIONS:
-        return [(_ACTIVATIONS[type(module)], "", None)]
+        return [Layer(_ACTIVATIONS[type(module)])]
+    if type(module) is nn.Dropout and module.p < 1:
+        return [Layer("dropout", rate=module.p)] if module.p else []
     if type(module) is nn.Identity:
         return []
     if type(module) is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
-        return [("flatten", "", None)]
+        return [Layer("flatten")]
     if type(module) is not nn.Sequential:
         return None
     layers: list[Layer] = []
@@ -96,12 +117,13 @@ def _layers(module: nn.Module, prefix: str) -> list[Layer] | None:
 
 
 class LinearKernel:
-    """Stacks of linear layers and activations, with a hand-written derivative."""
+    """Stacks of linear layers, activations and dropout, with a hand-written derivative."""
 
     def __init__(self, layers: Sequence[Layer], layout: Layout, loss: Loss) -> None:
         if loss.gradient is None:
             raise ValueError(f"loss {loss.name!r} has no hand-written gradient")
-        self.layers = [layer for layer in layers if layer[0] != "flatten"]
+        self.layers = [layer for layer in layers if layer.kind != "flatten"]
+        self.first = next(i for i, layer in enumerate(self.layers) if layer.kind == "linear")
         self.trained = layout.parameters
         self.loss_gradient = loss.gradient
         self.state: State = {}
@@ -111,86 +133,84 @@ class LinearKernel:
         """See `Kernel.bind`."""
         self.state, self.shared = state, shared
 
-    def gradients(
-        self, k: int, x: Tensor, y: Tensor, weight: Tensor, keys: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
+    def gradients(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
         """See `Kernel.gradients`."""
         grads: dict[str, Tensor] = {}
 
         def keep(layer: Layer, d: Tensor, h: Tensor) -> None:
-            grads[layer[1]] = torch.bmm(d.transpose(1, 2), h)
-            if layer[2] is not None:
-                grads[layer[2]] = d.sum(1)
+            grads[layer.weight] = torch.bmm(d.transpose(1, 2), h)
+            if layer.bias is not None:
+                grads[layer.bias] = d.sum(1)
 
-        losses = self._backward(k, x, y, weight, keep)
+        losses = self._backward(batch, keep)
         return [grads[name] for name in self.trained], losses
 
-    def plain_step(
-        self,
-        k: int,
-        x: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        rate: float | Tensor,
-        weight_decay: float,
-    ) -> Tensor:
+    def plain_step(self, batch: Batch, rate: float | Tensor, weight_decay: float) -> Tensor:
         """Make a step of plain SGD and return the losses (k,); no gradient is ever stored.
 
         The weights take the rank-`width` update straight from the two factors of their gradient,
         which saves writing and reading as many numbers as the model has.
         """
-        one_rate = rate if isinstance(rate, float) else 1.0
-        beta = 1.0 - one_rate * weight_decay if isinstance(rate, float) else 1.0
 
         def apply(layer: Layer, d: Tensor, h: Tensor) -> None:
-            w = self.state[layer[1]][:k]
-            b = None if layer[2] is None else self.state[layer[2]][:k]
+            alpha = 1.0
             if isinstance(rate, Tensor):
                 d = d * per_row(rate, d)
+            else:
+                alpha = rate
+            for name in (layer.weight, layer.bias):
+                if name is None:
+                    continue
+                value = self.state[name][: len(d)]
                 if weight_decay:
-                    w.mul_(1.0 - weight_decay * per_row(rate, w))
-                    if b is not None:
-                        b.mul_(1.0 - weight_decay * per_row(rate, b))
-            w.baddbmm_(d.transpose(1, 2), h, beta=beta, alpha=-one_rate)
-            if b is not None:
-                if beta != 1.0:
-                    b.mul_(beta)
-                b.sub_(d.sum(1), alpha=one_rate)
+                    by = per_row(rate, value) if isinstance(rate, Tensor) else rate
+                    value.mul_(1.0 - weight_decay * by)
+                if name == layer.weight:
+                    value.baddbmm_(d.transpose(1, 2), h, alpha=-alpha)
+                else:
+                    value.sub_(d.sum(1), alpha=alpha)
 
-        return self._backward(k, x, y, weight, apply)
+        return self._backward(batch, apply)
 
-    def _backward(self, k: int, x: Tensor, y: Tensor, weight: Tensor, visit: Any) -> Tensor:
+    def _backward(self, batch: Batch, visit: Callable[[Layer, Tensor, Tensor], None]) -> Tensor:
         """Run forward and backward; `visit(layer, d, h)` gets each linear layer's two factors."""
-        values = [x.flatten(2)]  # values[i] enters layer i, values[i + 1] leaves it
-        for layer in self.layers:
-            values.append(self._forward(layer, values[-1], k))
-        losses, d = self.loss_gradient(values[-1], y)
-        d = d.mul_(weight.unsqueeze(-1))
-        first = next(i for i, layer in enumerate(self.layers) if layer[0] == "linear")
-        for i in range(len(self.layers) - 1, first - 1, -1):
+        k = len(batch.x)
+        values = [batch.x.flatten(2)]  # values[i] enters layer i, values[i + 1] leaves it
+        masks: dict[int, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            if layer.kind == "dropout":
+                kept = keyed_mask(batch.keys, len(masks) + 1, values[-1].shape[1:], layer.rate)
+                masks[i] = kept.to(values[-1].dtype) / (1 - layer.rate)
+                values.append(values[-1] * masks[i])
+            else:
+                values.append(self._forward(layer, values[-1], k))
+        losses, d = self.loss_gradient(values[-1], batch.y)
+        d = d.mul_(batch.weight.unsqueeze(-1))
+        for i in range(len(self.layers) - 1, self.first - 1, -1):
             layer = self.layers[i]
-            if layer[0] == "linear":
-                back = self._times_weight(d, layer, k) if i > first else d
+            if layer.kind == "linear":
+                back = self._times_weight(d, layer, k) if i > self.first else d
                 visit(layer, d, values[i])
                 d = back
+            elif layer.kind == "dropout":
+                d = d.mul_(masks[i])
             else:
-                d = _activation_gradient(layer[0], d, values[i + 1])
-        return losses.mul_(weight).sum(1)
+                d = d.mul_(_slope(layer.kind, values[i + 1]))
+        return losses.mul_(batch.weight).sum(1)
 
     def _forward(self, layer: Layer, h: Tensor, k: int) -> Tensor:
-        kind, name, bias_name = layer
-        if kind != "linear":
-            return _activate(kind, h)
-        w = self.state[name]
-        b = None if bias_name is None else self.state[bias_name]
+        if layer.kind != "linear":
+            return h if layer.kind == "dropout" else _activate(layer.kind, h)
+        w = self.state[layer.weight]
+        b = None if layer.bias is None else self.state[layer.bias]
         if self.shared:
-            return torch.nn.functional.linear(h, w[0], None if b is None else b[0])
+            return F.linear(h, w[0], None if b is None else b[0])
         if b is None:
             return torch.bmm(h, w[:k].transpose(1, 2))
         return torch.baddbmm(b[:k].unsqueeze(1), h, w[:k].transpose(1, 2))
 
     def _times_weight(self, d: Tensor, layer: Layer, k: int) -> Tensor:
-        w = self.state[layer[1]]
+        w = self.state[layer.weight]
         return d @ w[0] if self.shared else torch.bmm(d, w[:k])
 
     def outputs(self, x: Tensor) -> Tensor:
@@ -208,57 +228,65 @@ def _activate(kind: str, h: Tensor) -> Tensor:
     return torch.tanh(h) if kind == "tanh" else torch.sigmoid(h)
 
 
-def _activation_gradient(kind: str, d: Tensor, output: Tensor) -> Tensor:
+def _slope(kind: str, output: Tensor) -> Tensor:
+    """Return an activation's derivative, from its own output."""
     if kind == "relu":
-        return d.mul_(output > 0)
-    slope = 1.0 - output.square() if kind == "tanh" else output * (1.0 - output)
-    return d.mul_(slope)
+        return output > 0
+    return 1.0 - output.square() if kind == "tanh" else output * (1.0 - output)
 
 
 class VmapKernel:
     """Any module, mapped over the device axis."""
 
-    def __init__(self, module: nn.Module, layout: Layout, loss: Loss) -> None:
-        self.module, self.layout = module, layout
+    def __init__(self, stack: ModelStack, extra_loss: ExtraLoss | None = None) -> None:
+        self.layout = stack.layout
         self.state: State = {}
         self.shared = False
+        loss = stack.loss
 
         def device_loss(
-            params: State, others: State, x: Tensor, y: Tensor, weight: Tensor, key: Tensor
+            params: State,
+            others: State,
+            x: Tensor,
+            y: Tensor,
+            weight: Tensor,
+            key: Tensor,
+            rows: State,
         ) -> tuple[Tensor, tuple[Tensor, State]]:
             others = {name: value.clone() for name, value in others.items()}
-            outputs = functional_call(module, {**params, **others}, (x,))
-            total = (loss.per_sample(outputs, y) * weight).sum()
+            with KeyedLayers(key, weight):
+                outputs = stack.call(params, others, x)
+            losses = loss.per_sample(outputs, y)
+            if extra_loss is not None:
+                losses = losses + extra_loss(outputs, x, y, rows)
+            total = (losses * weight).sum()
             return total, (total.detach(), others)
 
         gradient = grad(device_loss, has_aux=True)
-        self.own = vmap(gradient, in_dims=(0, 0, 0, 0, 0, 0), randomness="error")
-        self.common = vmap(gradient, in_dims=(None, 0, 0, 0, 0, 0), randomness="error")
-        self.model = vmap(self._call, in_dims=(0, None), randomness="error")
-
-    def _call(self, state: State, x: Tensor) -> Any:
-        return functional_call(self.module, state, (x,))
+        self.own = vmap(gradient, in_dims=0, randomness="error")
+        self.common = vmap(gradient, in_dims=(None, 0, 0, 0, 0, 0, 0), randomness="error")
+        self.model = vmap(
+            lambda state, x: stack.call(state, {}, x), in_dims=(0, None), randomness="error"
+        )
 
     def bind(self, state: State, *, shared: bool) -> None:
         """See `Kernel.bind`."""
         self.state, self.shared = state, shared
 
-    def gradients(
-        self, k: int, x: Tensor, y: Tensor, weight: Tensor, keys: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
+    def gradients(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
         """See `Kernel.gradients`."""
-        trained = self.layout.parameters
+        k, trained = len(batch.x), self.layout.parameters
         others = {
             name: value.expand(k, *value.shape[1:]) if self.shared else value[:k]
             for name, value in self.state.items()
             if name not in trained
         }
-        if self.shared:
-            params = {name: self.state[name][0] for name in trained}
-            grads, (losses, _) = self.common(params, others, x, y, weight, keys)
-        else:
-            params = {name: self.state[name][:k] for name in trained}
-            grads, (losses, changed) = self.own(params, others, x, y, weight, keys)
+        params = {name: self.state[name][0 if self.shared else slice(k)] for name in trained}
+        mapped = self.common if self.shared else self.own
+        grads, (losses, changed) = mapped(
+            params, others, batch.x, batch.y, batch.weight, batch.keys, batch.rows
+        )
+        if not self.shared:
             for name in self.layout.buffers:
                 self.state[name][:k].copy_(changed[name])
         return [grads[name] for name in trained], losses
@@ -267,9 +295,3 @@ class VmapKernel:
         """See `Kernel.outputs`."""
         mapped: Tensor = self.model(self.state, x)
         return mapped
-
-
-def without_aliases(state: Mapping[str, Tensor], layout: Layout) -> State:
-    """Return the tensors that a module owns once, shared ones under their first name."""
-    alias = {name for name, _ in layout.aliases}
-    return {name: value for name, value in state.items() if name not in alias}

@@ -8,10 +8,11 @@ Nothing here is a SimPy process: a trip is driven by the callbacks of at most th
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import simpy
 
+from fedsim.errors import NetworkError
 from fedsim.network.transfers import Delivery, Network
 
 __all__ = ["Compute", "Trip", "serve"]
@@ -35,6 +36,8 @@ class Trip:
     ----------
     message_id, device, kind
         The instruction's id, the device it goes to, its type ("train", "evaluate", ...).
+    round : int
+        The round it belongs to.
     samples : float
         Training samples' worth of work at the device.
     bytes_down, bytes_up : int
@@ -51,6 +54,7 @@ class Trip:
     device: int
     kind: str
     pushed: float
+    round: int = 0
     samples: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
@@ -78,6 +82,7 @@ def serve(
     *,
     reply_bytes: Callable[[Trip], int],
     done: Callable[[Trip], None],
+    observe: Callable[[Trip, str, Delivery], None] | None = None,
 ) -> None:
     """Send `trip` from the server to its device, let it work there, and bring the reply back.
 
@@ -91,13 +96,18 @@ def serve(
         Called when the work is done, gives the size of the reply.
     done : callable
         Called once, when the reply has arrived or can no longer come.
+    observe : callable, optional
+        Called with the trip, ``down`` or ``up``, and the delivery, when either payload has arrived
+        or was given up.
 
     Raises
     ------
     NetworkError
-        If there is no route between server and device.
+        If there is no server, or no route between it and the device.
     """
     env = network.env
+    if network.server is None:
+        raise NetworkError("the network has no server; an exchange by way of it needs one")
     server = network.server
 
     def end(outcome: str) -> None:
@@ -106,7 +116,9 @@ def serve(
         done(trip)
 
     def is_delivered(event: simpy.Event, way: str) -> bool:
-        delivery: Delivery = event.value
+        delivery = cast(Delivery, event.value)
+        if observe is not None:
+            observe(trip, way, delivery)
         if delivery.outcome == "delivered":
             return True
         end(f"{delivery.outcome}-{way}")

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from fedsim.recorder import dump_json
-from fedsim.report import series, timeline
+from fedsim.report import page_data, series, timeline
 from fedsim.report.plots import write_plots
 from fedsim.report.tables import (
     COLUMNS,
@@ -36,14 +35,7 @@ from fedsim.results import RunResult, load_run
 
 __all__ = ["render_page", "write_report"]
 
-_CURVE_POINTS = 12_000  # of all strategies together; keeps the page far below 6 MB
-_HEAT_CELLS = 40_000
-_SCATTER_POINTS = 1_500
 _NETWORK_FIGURES = 4
-_TIMELINE_NODES = 40
-_TIMELINE_SPANS = 6_000  # of all strategies together
-_STRIP_LINKS = 40
-_STRIP_BINS = 240
 _LINK_ROWS = 8
 
 
@@ -74,7 +66,8 @@ def write_report(directory: Path) -> Path:
 
 def render_page(run: RunResult) -> str:
     """Return the page as text."""
-    recorded = _recorded(run)
+    recorded = timeline.timelines(run)
+    data = _json(page_data.collect(run, recorded))
     library = _inline(get_plotlyjs())
     program = _inline(_asset("page.js"))
     policy = (
@@ -102,7 +95,7 @@ def render_page(run: RunResult) -> str:
             _scenario(run),
             "</main>",
             _footer(run),
-            f'<script type="application/json" id="data">{_json(_page_data(run, recorded))}</script>',
+            f'<script type="application/json" id="data">{data}</script>',
             f"<script>{library}</script>",
             f"<script>{program}</script>",
             "</body>",
@@ -131,29 +124,10 @@ def _json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    """The transfers of one strategy, and what its rounds waited for."""
-
-    spans: timeline.Spans
-    paths: list[timeline.RoundPath]
-    share: timeline.TimeShare
-
-
-def _recorded(run: RunResult) -> dict[str, _Recorded]:
-    found = {}
-    for name, result in run.strategies.items():
-        spans = timeline.spans_of(result)
-        if spans is not None and len(spans.round):
-            paths = timeline.round_paths(result, spans)
-            found[name] = _Recorded(spans, paths, timeline.time_share(paths))
-    return found
-
-
 # ---- sections ------------------------------------------------------------------------------------
 
 
-def _header(run: RunResult, recorded: dict[str, _Recorded]) -> str:
+def _header(run: RunResult, recorded: dict[str, timeline.Timeline]) -> str:
     world = run.world
     data, model, devices = (world.get(key) or {} for key in ("data", "model", "devices"))
     facts = [
@@ -171,7 +145,7 @@ def _header(run: RunResult, recorded: dict[str, _Recorded]) -> str:
         "</div>"
         for a in answers(run)
     )
-    warned = notes(run) + timeline.timeline_notes({k: r.share for k, r in recorded.items()})
+    warned = notes(run) + timeline.timeline_notes(recorded)
     warnings = "".join(f"<li>{escape(note)}</li>" for note in warned)
     return (
         f'<header class="top"><div class="title"><div><h1>{escape(run.name)}</h1>'
@@ -201,6 +175,8 @@ def _comparison(run: RunResult) -> str:
     if not rows:
         return "<h2>Comparison</h2><p>No strategies here.</p>"
     columns = [c for c in COLUMNS if all(c.key in row for row in rows.values())]
+    if all(row["state"].value == "done" for row in rows.values()):
+        columns = [c for c in columns if c.key != "state"]
     heads = "".join(
         f'<th scope="col"><button type="button">{escape(text)}</button></th>'
         for text in ("strategy", *(c.heading for c in columns))
@@ -213,7 +189,8 @@ def _comparison(run: RunResult) -> str:
             exact = "" if cell.value is None else escape(str(cell.value))
             text = escape(cell.text)
             if column.key == "state":
-                text = f'<span class="state{"" if text == "done" else " bad"}">{text}</span>'
+                kind = "state" if cell.value == "done" else "state bad"
+                text = f'<span class="{kind}">{text}</span>'
             mark = ' class="best"' if cell.is_best else ""
             cells.append(f'<td data-value="{exact}" title="{exact}"{mark}>{text}</td>')
         lines.append(
@@ -244,7 +221,8 @@ def _curves(run: RunResult) -> str:
         for value, words in (("round", "round"), ("time", "virtual time"), ("bytes", "traffic"))
     )
     choices = "".join(
-        f'<option value="{escape(m["key"])}">{escape(m["label"])}</option>' for m in _measures(run)
+        f'<option value="{escape(m["key"])}">{escape(m["label"])}</option>'
+        for m in page_data.measures(run)
     )
     measure = (
         f'<select id="measure-choice" aria-label="measure">{choices}</select>'
@@ -276,7 +254,7 @@ def _chart(name: str, head: str, label: str, kind: str = "panel") -> str:
     )
 
 
-def _time(run: RunResult, recorded: dict[str, _Recorded]) -> str:
+def _time(run: RunResult, recorded: dict[str, timeline.Timeline]) -> str:
     """Return what rounds waited for, a timeline, links: where transfers were recorded."""
     if not recorded:
         return ""
@@ -290,11 +268,12 @@ def _time(run: RunResult, recorded: dict[str, _Recorded]) -> str:
     )
     key = (
         '<p class="quiet key"><i class="in"></i>receiving <i class="work"></i>local work '
-        '<i class="out"></i>sending; outlined: the critical path, pale: lost or failed</p>'
+        '<i class="out"></i>sending; outlined: the critical path, pale: lost or failed '
+        '<span id="timeline-note"></span></p>'
     )
     figure = '<div class="chart" id="timeline" role="img" aria-label="timeline of a round"></div>'
     panels.append(_wide(f'<div class="head">{selects}</div>{key}{figure}'))
-    states = timeline.link_states(run, max_links=_STRIP_LINKS, bins=_STRIP_BINS)
+    states = page_data.strips(run)
     if states is not None:
         shown = len(states.links)
         count = f"{shown} of {states.changing}" if shown < states.changing else str(shown)
@@ -330,8 +309,15 @@ def _table(headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -
     )
 
 
-def _shares(recorded: dict[str, _Recorded]) -> str:
-    headings = ("strategy", "network", "local work", "waiting", "last device", "tightest link")
+def _shares(recorded: dict[str, timeline.Timeline]) -> str:
+    headings = (
+        "strategy",
+        "network",
+        "local work",
+        "waiting",
+        "usual last device",
+        "usual tightest link",
+    )
     return _table(
         headings,
         (
@@ -379,13 +365,13 @@ def _world(run: RunResult) -> str:
         panels.append(
             _chart("split", "<h3>Who holds what</h3>", "samples of each class on each device")
         )
-    if _has_device_figure(devices):
+    if page_data.has_device_figure(devices):
         panels.append(_chart("devices", "<h3>Devices</h3>", "samples and speed of each device"))
     panels.append(facts.format("Data and model", _facts(_data_facts(run))))
     for index, network in enumerate(world.get("networks", ())):
         title = escape(series.network_title(run, network))
         panels.append(facts.format(f"Network: {title}", _facts(_network_facts(network))))
-        if index < _NETWORK_FIGURES and _has_network_figure(network):
+        if index < _NETWORK_FIGURES and page_data.has_network_figure(network):
             head = f"<h3>Access links: {title}</h3>"
             panels.append(_chart(f"network-{index}", head, "access rate of each device"))
     return f'<h2>World</h2><div class="grid filled">{"".join(panels)}</div>'
@@ -474,155 +460,3 @@ def _footer(run: RunResult) -> str:
         "figures as PNG and SVG in plots/, beside this page.</p>"
         "<noscript><p>The figures of this page need JavaScript.</p></noscript></footer>"
     )
-
-
-# ---- data of the figures -------------------------------------------------------------------------
-
-
-def _page_data(run: RunResult, recorded: dict[str, _Recorded]) -> dict[str, Any]:
-    points = max(100, _CURVE_POINTS // max(1, len(run.strategies)))
-    totals = [
-        [sum(getattr(row, key) for row in result.rounds) for key in
-         ("bytes_down", "bytes_up", "bytes_peer")]
-        for result in run.strategies.values()
-    ]  # fmt: skip
-    return {
-        "target": run.target,
-        "measures": _measures(run),
-        "strategies": [
-            {
-                "name": curve.name,
-                "state": curve.state,
-                "light": curve.style.light,
-                "dark": curve.style.dark,
-                "dash": ",".join(f"{length}px" for length in curve.style.dash) or "solid",
-                "x": {key: [_short(v) for v in values] for key, values in curve.x.items()},
-                "y": {key: [_short(v) for v in values] for key, values in curve.y.items()},
-                "reached": curve.reached,
-                "traffic": traffic,
-            }
-            for curve, traffic in zip(
-                series.curves(run, max_points=points), totals, strict=True
-            )
-        ],
-        "split": _split_data(run),
-        "devices": _devices_data(run),
-        "networks": [_network_data(run, n) for n in run.world.get("networks", ())],
-        "timelines": _timeline_data(run, recorded),
-        "strips": _strip_data(run),
-    }  # fmt: skip
-
-
-def _short(value: float | None) -> float | None:
-    """Round to six digits, which is finer than a pixel."""
-    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
-
-
-def _measures(run: RunResult) -> list[dict[str, str]]:
-    shown = {"eval_accuracy", "eval_loss"}
-    keys = dict.fromkeys(key for curve in series.curves(run) for key in curve.y)
-    return [{"key": key, "label": series.label_of(key)} for key in keys if key not in shown]
-
-
-def _split_data(run: RunResult) -> dict[str, Any] | None:
-    devices = series.devices_of(run)
-    counts = devices.get("label_counts")
-    if not counts:
-        return None
-    kept = series.thinned(len(counts), max(2, _HEAT_CELLS // max(1, len(counts[0]))))
-    return {
-        "devices": [devices["listed"][i] for i in kept],
-        "counts": [[counts[i][c] for i in kept] for c in range(len(counts[0]))],
-    }
-
-
-def _has_device_figure(devices: dict[str, Any]) -> bool:
-    return series.is_varied(devices.get("samples")) or series.is_varied(
-        devices.get("speed_samples_per_s")
-    )
-
-
-def _devices_data(run: RunResult) -> dict[str, Any] | None:
-    devices = series.devices_of(run)
-    if not _has_device_figure(devices):
-        return None
-    kept = series.thinned(len(devices["listed"]), _SCATTER_POINTS)
-    return {
-        "listed": [devices["listed"][i] for i in kept],
-        "samples": [devices["samples"][i] for i in kept],
-        "speed": [_short(devices["speed_samples_per_s"][i]) for i in kept],
-    }
-
-
-def _has_network_figure(network: dict[str, Any]) -> bool:
-    return series.is_varied(network.get("uplink_bps")) or series.is_varied(
-        network.get("downlink_bps")
-    )
-
-
-def _network_data(run: RunResult, network: dict[str, Any]) -> dict[str, Any]:
-    listed = series.devices_of(run).get("listed", ())
-    kept = series.thinned(len(listed), _SCATTER_POINTS)
-
-    def chosen(key: str) -> list[Any] | None:
-        values = network.get(key)
-        return None if not values else [_short(values[i]) for i in kept]
-
-    return {
-        "listed": [listed[i] for i in kept],
-        "up": chosen("uplink_bps"),
-        "down": chosen("downlink_bps"),
-        "latency": chosen("latency_s"),
-    }
-
-
-def _timeline_data(run: RunResult, recorded: dict[str, _Recorded]) -> dict[str, Any]:
-    """Return strategy's index → rounds to choose from, each with rows of nodes and spans."""
-    budget = _TIMELINE_SPANS // (4 * max(1, len(recorded)))
-    count = (run.world.get("devices") or {}).get("count")
-    indices = {name: index for index, name in enumerate(run.strategies)}
-    return {
-        str(indices[name]): [
-            _round_data(r, r.paths[index], why, budget, count)
-            for index, why in timeline.telling_rounds(r.paths).items()
-        ]
-        for name, r in recorded.items()
-    }
-
-
-def _round_data(
-    recorded: _Recorded, path: timeline.RoundPath, why: str, budget: int, n_devices: int | None
-) -> dict[str, Any]:
-    spans, drawn = recorded.spans, []
-    rows = timeline.node_rows(spans, path, _TIMELINE_NODES)
-    for row, members in enumerate(rows.values()):
-        for index in members[: max(1, budget // len(rows))]:
-            side = timeline.side_of(spans, index)
-            detail = "" if side == "work" else (
-                f", {format_bytes(int(spans.size_bytes[index]))}, {spans.outcome[index]}"
-            )  # fmt: skip
-            drawn.append(
-                [row, side, float(spans.start[index]), float(spans.end[index]), index in path.path,
-                 spans.outcome[index] in {"", "delivered"}, spans.kind[index] + detail]
-            )  # fmt: skip
-    return {
-        "label": f"round {path.round} ({why})",
-        "start": path.start,
-        "end": path.end,
-        "rows": [
-            f"device {node}" if n_devices is None or node < n_devices else f"node {node}"
-            for node in rows
-        ],
-        "spans": drawn,
-    }
-
-
-def _strip_data(run: RunResult) -> dict[str, Any] | None:
-    states = timeline.link_states(run, max_links=_STRIP_LINKS, bins=_STRIP_BINS)
-    if states is None:
-        return None
-    return {
-        "links": states.links,
-        "until": states.until,
-        "level": [[round(v, 3) for v in row] for row in states.level.tolist()],
-    }

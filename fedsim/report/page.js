@@ -68,6 +68,7 @@
     if (!traces.length) {
       full.annotations = [{ text: "nothing recorded", showarrow: false, xref: "paper", yref: "paper",
         x: 0.5, y: 0.5, font: { color: variable("--quiet") } }];
+      full.shapes = [];
       full.xaxis = { visible: false };
       full.yaxis = { visible: false };
     }
@@ -87,7 +88,7 @@
       const [scale, unit] = byteUnit(longest);
       return { scale, title: `traffic since the start (${unit})` };
     }
-    return { scale: 1, title: "round" };
+    return { scale: 1, title: "round", dtick: longest <= 10 ? 1 : undefined };
   };
   const where = (s, i) => {
     const parts = [`round ${s.x.round[i]}`, duration(s.x.time[i]), bytes(s.x.bytes[i])];
@@ -151,9 +152,10 @@
         font: { size: 11, color: variable("--quiet") } });
     }
     draw(id, traces, {
-      xaxis: axis({ title: x.title, rangemode: "tozero", showgrid: false, ticks: "outside",
+      xaxis: axis({ title: x.title, dtick: x.dtick, rangemode: "tozero", showgrid: false, ticks: "outside",
         tickcolor: variable("--line"), ticklen: 4 }),
       yaxis: axis({ tickformat: options.ticks, range: rangeOf(key, log),
+        autorangeoptions: options.clip,
         ...(log ? { type: "log", dtick: spansDecades(key) < 3 ? "D2" : 1 } : {}) }),
       shapes, annotations,
     });
@@ -172,13 +174,15 @@
     draw("traffic", traces, {
       barmode: "stack", bargap: 0.35,
       xaxis: axis({ title: `payload (${unit})` }),
-      yaxis: axis({ autorange: "reversed", showgrid: false, zeroline: false, tickvals: shown.map((_, i) => i),
+      yaxis: axis({ range: [Math.max(shown.length, 4) - 0.5, -0.5], showgrid: false, zeroline: false,
+        tickvals: shown.map((_, i) => i),
         ticktext: shown.map((s) => plain(s.name.length > 18 ? s.name.slice(0, 17) + "…" : s.name)) }),
     });
   };
   const drawMeasures = () => {
     drawCurves("accuracy", "eval_accuracy",
-      { format: ".1%", ticks: ".0%", band: "accuracy_std", reached: true });
+      { format: ".1%", ticks: ".0%", band: "accuracy_std", reached: true,
+        clip: { clipmin: 0, clipmax: 1.01 } });
     drawCurves("loss", "eval_loss", { format: ".4~g", ticks: "~g", log: true });
     const sound = data.strategies.filter((s) => s.state !== "diverged");
     const most = largest(sound.map((s) => s.y[view.measure] ?? []));
@@ -248,26 +252,29 @@
   const drawTimeline = () => {
     const round = data.timelines[byId("timeline-strategy")?.value]?.[byId("timeline-round").value];
     if (!round) return;
-    const [scale, unit] = timeUnit(round.end - round.start);
+    const [scale, unit] = timeUnit(round.length);
     const colours = { in: variable("--in"), work: variable("--work"), out: variable("--out") };
-    const spans = (side) => round.spans.filter((span) => span[1] === side);
-    const traces = Object.keys(colours).map((side) => ({
-      type: "bar", orientation: "h", name: side, y: spans(side).map((s) => s[0]),
-      base: spans(side).map((s) => (s[2] - round.start) / scale),
-      x: spans(side).map((s) => (s[3] - s[2]) / scale),
-      marker: {
-        color: colours[side], opacity: spans(side).map((s) => (s[5] ? 0.9 : 0.35)),
-        line: { color: variable("--ink"), width: spans(side).map((s) => (s[4] ? 1.6 : 0)) },
-      },
-      text: spans(side).map((s) =>
-        `${plain(round.rows[s[0]])}: <b>${plain(s[6])}</b>, ${duration(s[3] - s[2])}`),
-      textposition: "none", hovertemplate: "%{text}<extra></extra>",
-    })).filter((trace) => trace.y.length);
+    const all = round.spans;
+    const traces = Object.keys(colours).map((side) => {
+      const own = all.side.map((_, i) => i).filter((i) => all.side[i] === side);
+      return {
+        type: "bar", orientation: "h", name: side, y: own.map((i) => all.row[i]),
+        base: own.map((i) => all.start[i] / scale), x: own.map((i) => all.length[i] / scale),
+        marker: {
+          color: colours[side], opacity: own.map((i) => (all.arrived[i] ? 0.9 : 0.35)),
+          line: { color: variable("--ink"), width: own.map((i) => (all.critical[i] ? 1.6 : 0)) },
+        },
+        text: own.map((i) => `${plain(round.rows[all.row[i]])}: ` +
+          `<b>${plain(round.labels[all.label[i]])}</b>, ${duration(all.length[i])}`),
+        textposition: "none", hovertemplate: "%{text}<extra></extra>",
+      };
+    }).filter((trace) => trace.y.length);
+    byId("timeline-note").textContent = round.note;
     tall("timeline", round.rows.length);
     const edge = (at) => ({ type: "line", yref: "paper", y0: 0, y1: 1, x0: at, x1: at,
       line: { color: variable("--quiet"), width: 1, dash: "2px,3px" } });
     draw("timeline", traces, {
-      barmode: "overlay", bargap: 0.3, shapes: [edge(0), edge((round.end - round.start) / scale)],
+      barmode: "overlay", bargap: 0.3, shapes: [edge(0), edge(round.length / scale)],
       margin: { l: 60, r: 12, t: 6, b: 40 },
       xaxis: axis({ title: `virtual time since the round began (${unit})` }),
       yaxis: axis({ autorange: "reversed", showgrid: false, zeroline: false,
@@ -278,7 +285,7 @@
     const chosen = byId("timeline-strategy");
     if (!chosen) return;
     byId("timeline-round").replaceChildren(...data.timelines[chosen.value].map((round, i) =>
-      new Option(round.label, String(i))));
+      new Option(round.title, String(i))));
     for (const row of document.querySelectorAll("tr[data-strategy]")) {
       row.hidden = row.dataset.strategy !== chosen.value;
     }

@@ -12,10 +12,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from fedsim.report import series
+from fedsim.report import series, timeline
 from fedsim.results import RunResult
 
 __all__ = ["write_plots"]
@@ -58,6 +59,7 @@ def write_plots(run: RunResult, directory: Path) -> list[Path]:
                 path = directory / f"{name}.{suffix}"
                 figure.savefig(path, format=suffix, metadata=stamp)
                 written.append(path)
+                figure.set_layout_engine("none")  # laid out once, for both files
     for path in directory.glob("*.*"):
         if path.suffix in {".png", ".svg"} and path not in written:
             path.unlink()
@@ -81,6 +83,17 @@ def _figures(run: RunResult) -> Iterator[tuple[str, Callable[[Axes], None]]]:
         if network.get("uplink_bps") or network.get("downlink_bps"):
             name = "network" if index == 0 else f"network_{index + 1}"
             yield name, partial(_network, series.network_title(run, network), network)
+
+    states = timeline.link_states(run, max_links=40, bins=400)
+    if states is not None:
+        yield "link_states", partial(_link_states, states)
+    for index, result in enumerate(run.strategies.values(), start=1):
+        spans = timeline.spans_of(result)
+        paths = [] if spans is None else timeline.round_paths(result, spans)
+        if spans is not None and paths:
+            slowest = max(paths, key=lambda path: path.end - path.start)
+            title = f"{_short(result.name)}, round {slowest.round} (slowest)"
+            yield f"timeline_{index}", partial(_timeline, title, spans, slowest)
 
 
 def _short(name: str) -> str:
@@ -197,6 +210,43 @@ def _network(title: str, network: dict[str, Any], axes: Axes) -> None:
     axes.set_xlabel("devices, slowest link first")
     axes.set_ylabel("access rate")
     axes.set_title(_short(title), fontsize=9)
+
+
+def _link_states(states: timeline.LinkStates, axes: Axes) -> None:
+    scale, unit = series.time_unit(states.until)
+    colours = LinearSegmentedColormap.from_list("states", ["#c2410c", "#e3e8ee"])
+    rows = len(states.links)
+    image = axes.imshow(
+        states.level, aspect="auto", cmap=colours, vmin=0, vmax=1, interpolation="nearest",
+        extent=(0.0, states.until / scale, rows - 0.5, -0.5),
+    )  # fmt: skip
+    axes.grid(visible=False)
+    axes.set_yticks(range(rows), map(_short, states.links), fontsize=max(3, min(8, 240 // rows)))
+    axes.set_xlabel(f"virtual time ({unit})")
+    axes.figure.colorbar(image, ax=axes, label="rate, share of the link's best")
+
+
+def _timeline(title: str, spans: timeline.Spans, path: timeline.RoundPath, axes: Axes) -> None:
+    rows, _ = timeline.node_rows(spans, path, max_nodes=30, max_spans=2_000)
+    scale, unit = series.time_unit(path.end - path.start)
+    colours = {"in": "#1598d7", "work": "#7a8591", "out": "#d9480f"}
+    words = {"in": "receiving", "work": "local work", "out": "sending"}
+    for row, members in enumerate(rows.values()):
+        for index in members:
+            side = timeline.side_of(spans, index)
+            length = float(spans.end[index] - spans.start[index]) / scale
+            start = float(spans.start[index] - path.start) / scale
+            axes.barh(row, length, left=start, height=0.7, color=colours[side],
+                      lw=1.0 if index in path.path else 0.0, ec="black",
+                      alpha=1.0 if spans.outcome[index] in {"", "delivered"} else 0.4,
+                      label=words.pop(side, None))  # fmt: skip
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(rows)), map(str, rows), fontsize=7)
+    axes.set_ylabel("device, the last one on top")
+    axes.set_xlabel(f"virtual time since the round began ({unit})")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
 
 
 def _logarithmic(axes: Axes, unit: str) -> None:

@@ -225,7 +225,8 @@ def answers(run: RunResult) -> list[Answer]:
     if final:
         (value, who), *others = final
         how = f"next is {others[0][1]} with {format_percent(others[0][0])}" if others else ""
-        found.append(Answer("Most accurate at the end", who, format_percent(value), how))
+        question = "Most accurate at the end" if len(run.strategies) > 1 else "Accuracy at the end"
+        found.append(Answer(question, who, format_percent(value), how))
     return [answer for answer in found if answer is not None and (answer.how or answer.value)]
 
 

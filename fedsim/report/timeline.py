@@ -22,6 +22,7 @@ __all__ = [
     "RoundPath",
     "Spans",
     "TimeShare",
+    "Timeline",
     "critical_path",
     "link_states",
     "link_uses",
@@ -34,6 +35,7 @@ __all__ = [
     "telling_rounds",
     "time_share",
     "timeline_notes",
+    "timelines",
 ]
 
 _NEGLIGIBLE = 0.01  # share of the time below which the network does not matter
@@ -243,13 +245,33 @@ def time_share(paths: Sequence[RoundPath]) -> TimeShare:
     )
 
 
-def timeline_notes(shares: dict[str, TimeShare]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The spans of one strategy, and what its rounds waited for."""
+
+    spans: Spans
+    paths: list[RoundPath]
+    share: TimeShare
+
+
+def timelines(run: RunResult) -> dict[str, Timeline]:
+    """Return the timeline of every strategy whose transfers were recorded."""
+    found = {}
+    for name, result in run.strategies.items():
+        spans = spans_of(result)
+        if spans is not None and len(spans.round):
+            paths = round_paths(result, spans)
+            found[name] = Timeline(spans, paths, time_share(paths))
+    return found
+
+
+def timeline_notes(found: dict[str, Timeline]) -> list[str]:
     """Return a warning for each strategy whose time the network does not influence."""
     return [
         f"{name}: the network is not on the critical path; transfers take "
-        f"{format_percent(share.network)} of the time, so links change nothing here."
-        for name, share in shares.items()
-        if share.network < _NEGLIGIBLE and share.compute > 0
+        f"{format_percent(line.share.network)} of the time, so links change nothing here."
+        for name, line in found.items()
+        if line.share.network < _NEGLIGIBLE and line.share.compute > 0
     ]
 
 
@@ -258,19 +280,36 @@ def telling_rounds(paths: Sequence[RoundPath]) -> dict[int, str]:
     if not paths:
         return {}
     by_length = sorted(range(len(paths)), key=lambda i: paths[i].start - paths[i].end)
-    chosen = {by_length[0]: "slowest", by_length[len(by_length) // 2]: "median"}
-    for index, why in ((0, "first"), (len(paths) - 1, "last")):
+    chosen = {by_length[0]: "slowest"}
+    middle = by_length[len(by_length) // 2]
+    for index, why in ((middle, "median"), (0, "first"), (len(paths) - 1, "last")):
         chosen.setdefault(index, why)
     return chosen
 
 
-def node_rows(spans: Spans, path: RoundPath, limit: int) -> dict[int, list[int]]:
-    """Return what to draw of a round, node → its spans; the nodes that end last, latest first."""
+def node_rows(
+    spans: Spans, path: RoundPath, *, max_nodes: int, max_spans: int
+) -> tuple[dict[int, list[int]], int]:
+    """Return what to draw of a round, and how many nodes there are in all.
+
+    Returns
+    -------
+    dict
+        Node → its spans; the nodes that end last, latest first, whole, as many as the two limits
+        allow. Of a single node that is too much alone, the spans that end last.
+    int
+        Nodes of the round.
+    """
     rows: dict[int, list[int]] = {}
     for index in np.flatnonzero(spans.round == path.round).tolist():
         rows.setdefault(place_of(spans, index), []).append(index)
     latest = sorted(rows, key=lambda node: -max(spans.end[i] for i in rows[node]))
-    return {node: rows[node] for node in latest[:limit]}
+    shown: dict[int, list[int]] = {}
+    for node in latest[:max_nodes]:
+        if shown and sum(map(len, shown.values())) + len(rows[node]) > max_spans:
+            break
+        shown[node] = sorted(rows[node], key=lambda i: spans.end[i])[-max_spans:]
+    return shown, len(rows)
 
 
 @dataclass(frozen=True, slots=True)

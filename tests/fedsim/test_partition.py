@@ -149,3 +149,25 @@ def test_local_test_samples_are_no_training_samples():
 def test_an_empty_device_is_refused():
     with pytest.raises(ScenarioError, match="device 1 holds no sample"):
         federate(small_dataset(), [np.arange(60), np.array([], int)])
+
+
+def test_flowers_partitioners_are_adapted_or_said_to_be_missing():
+    labels = labels_of(300, 5)
+    arguments = {"alpha": 0.5, "min_partition_size": 3}
+
+    def split(name="DirichletPartitioner", **more):
+        return p.partition_flower(
+            labels, 6, rng=stream(0, "x"), partitioner=name, arguments=arguments | more
+        )
+
+    try:
+        import flwr_datasets  # noqa: F401
+    except ImportError:
+        with pytest.raises(ScenarioError, match="pip install flwr-datasets"):
+            split()
+        return
+    assert np.array_equal(np.sort(np.concatenate(split())), np.arange(300))
+    with pytest.raises(ScenarioError, match="has no 'MyPartitioner'"):
+        split("MyPartitioner")
+    with pytest.raises(ScenarioError, match="DirichletPartitioner: "):
+        split(colour="red")

@@ -20,6 +20,7 @@ from fedsim.recorder import (
     dump_json,
     strategy_directory,
     summarise,
+    world_record,
     write_summary,
     write_world,
 )
@@ -251,6 +252,7 @@ def world_of(n_devices: int) -> World:
 def test_world_has_no_nan_and_one_value_for_each_device(tmp_path):
     write_world(tmp_path / "world.json", world_of(3))
     world = strict((tmp_path / "world.json").read_text())
+    assert world == world_record(world_of(3))
     assert world["devices"]["samples"] == [0, 1, 2]
     assert world["devices"]["label_counts"] == [[0, 0], [1, 0], [2, 0]]
     assert world["devices"]["speed_samples_per_s"] == [None, None, None]

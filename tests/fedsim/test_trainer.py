@@ -12,7 +12,7 @@ from fedsim.data.federated import federate
 from fedsim.data.partition import partition_dirichlet
 from fedsim.errors import ScenarioError
 from fedsim.learning.batches import make_batches
-from fedsim.learning.config import LocalConfig
+from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.models import build_model, mlp, softmax
 from fedsim.learning.trainer import Trainer
 from fedsim.streams import stream
@@ -40,7 +40,7 @@ def batches_of(trainer, data, device, config, round_=1):
     """Return the batches, as rows of data.x, that a device is to use in this round."""
     one = np.array([device])
     size = data.size[one]
-    steps = config.steps_of(size)
+    steps = config.steps_of(size, seed=trainer.seed, rounds=np.array([round_]), devices=one)
     made = make_batches(
         trainer.seed, np.array([round_]), one, data.start[one], size, config.batch_of(size), steps
     )
@@ -104,7 +104,7 @@ def test_every_engine_equals_the_plain_loop_in_float64(data, name, hidden):
     for engine in ("linear", "vmap", "loop"):
         for chunk in (1, 7, N):
             trainer = Trainer(module, data, seed=5, engine=engine, chunk=chunk)
-            result = everyone(trainer, config, control=control)
+            result = everyone(trainer, config, terms=LocalTerms(control=control))
             for device in (0, 3, 11):
                 row = None if control is None else control[device]
                 flat, loss = plain_loop(trainer, module, data, device, config, row)

@@ -1,0 +1,162 @@
+"""Beyond one matrix on one device: models kept at home, means without the stack, several GPUs."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsim.errors import ScenarioError
+from fedsim.learning.config import LocalConfig, LocalTerms
+from fedsim.learning.layout import Layout
+from fedsim.learning.trainer import LocalResult, Trainer
+
+__all__ = ["RunningMean", "local_columns", "train_shares", "with_own_columns"]
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+def local_columns(
+    module: nn.Module, layout: Layout, keep: Literal["statistics", "batch_norm"]
+) -> IntArray:
+    """Return the columns of a row that stay on their device and are never averaged.
+
+    Parameters
+    ----------
+    module : nn.Module
+    layout : Layout
+    keep : {"statistics", "batch_norm"}
+        All buffers (BatchNorm's running statistics), or everything that belongs to a BatchNorm
+        layer, its scale and shift included.
+
+    Returns
+    -------
+    ndarray of int64
+        Empty if the module has no such tensors.
+
+    References
+    ----------
+    .. [1] Li et al., "FedBN: federated learning on non-IID features via local batch
+       normalization", ICLR 2021.
+    """
+    names = set(layout.buffers)
+    if keep == "batch_norm":
+        norms = [
+            prefix
+            for prefix, layer in module.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]
+        names = {n for n in layout.names if n.rpartition(".")[0] in norms}
+    places = [layout.columns(name) for name in layout.names if name in names]
+    return np.concatenate([np.arange(p.start, p.stop) for p in places] or [np.arange(0)])
+
+
+def with_own_columns(base: Tensor, base_rows: IntArray, columns: IntArray, own: Tensor) -> Tensor:
+    """Return one starting model a device: the version sent, with its own values in `columns`.
+
+    Parameters
+    ----------
+    base : Tensor, shape (V, P)
+    base_rows : ndarray of int64, shape (k,)
+    columns : ndarray of int64
+        See `local_columns`.
+    own : Tensor, shape (k, len(columns))
+        What each device kept: `params[:, columns]` of its last result.
+
+    Returns
+    -------
+    Tensor, shape (k, P)
+    """
+    rows = base[torch.from_numpy(base_rows).to(base.device)]
+    rows[:, torch.from_numpy(columns).to(base.device)] = own.to(rows.device, rows.dtype)
+    return rows
+
+
+class RunningMean:
+    """A weighted mean of models that are handed over chunk by chunk (`Trainer.train(collect=…)`).
+
+    Parameters
+    ----------
+    weights : ndarray of float64, shape (k,)
+        Of the devices in the order of the call; they are normalised to sum 1.
+
+    Raises
+    ------
+    ScenarioError
+        If the weights do not have a positive sum.
+    """
+
+    def __init__(self, weights: FloatArray) -> None:
+        if not weights.sum() > 0:
+            raise ScenarioError(f"weights of a mean sum to {weights.sum()}, not above 0")
+        self.weights = weights / weights.sum()
+        self.value: Tensor | None = None
+
+    def __call__(self, rows: IntArray, params: Tensor) -> None:
+        """Add the models `params`, shape (c, P), of the devices at these rows."""
+        weights = torch.from_numpy(self.weights[rows]).to(params.device, params.dtype)
+        part = weights @ params
+        self.value = part if self.value is None else self.value + part
+
+
+def train_shares(
+    trainers: Sequence[Trainer],
+    base: Tensor,
+    base_rows: IntArray,
+    devices: IntArray,
+    rounds: IntArray,
+    config: LocalConfig,
+    *,
+    terms: LocalTerms | None = None,
+) -> LocalResult:
+    """Train with one trainer for each GPU, every one on its share of the devices.
+
+    Parameters
+    ----------
+    trainers : sequence of Trainer
+        Alike but for the device they compute on.
+    base, base_rows, devices, rounds, config, terms
+        See `Trainer.train`.
+
+    Returns
+    -------
+    LocalResult
+        On the first trainer's device; equal to one trainer's result up to rounding.
+    """
+    terms = terms or LocalTerms()
+    _, samples = trainers[0].workload(devices, rounds, config)
+    # Dealt out from the largest on, so that the shares cost nearly the same.
+    order = np.argsort(-samples, kind="stable")
+    shares = [order[i :: len(trainers)] for i in range(len(trainers))]
+    shares = [share for share in shares if len(share)]
+
+    def work(trainer: Trainer, rows: IntArray) -> LocalResult:
+        return trainer.train(
+            base, base_rows[rows], devices[rows], rounds[rows], config, terms=_part(terms, rows)
+        )
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        results = list(pool.map(work, trainers[: len(shares)], shares))
+    back = np.argsort(np.concatenate(shares))
+    home = trainers[0].stack.device
+    params = torch.cat([r.params.to(home) for r in results if r.params is not None])
+    return LocalResult(
+        params[torch.from_numpy(back).to(home)],
+        np.concatenate([r.loss for r in results])[back],
+        np.concatenate([r.samples for r in results])[back],
+        np.concatenate([r.steps for r in results])[back],
+    )
+
+
+def _part(terms: LocalTerms, rows: IntArray) -> LocalTerms:
+    chosen = torch.from_numpy(rows)
+    return LocalTerms(
+        None if terms.control is None else terms.control[chosen],
+        None if terms.center is None else terms.center[chosen],
+        terms.extra_loss,
+        {name: value[chosen] for name, value in terms.rows.items()},
+    )
