@@ -11,14 +11,14 @@ waits for many of them handles loss as data.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from math import exp, inf, isnan, log1p, nan
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import simpy
 
 from fedsim.errors import NetworkError
+from fedsim.network.clock import ARRIVAL, CHANGE, EXPIRY, WHILE_OPEN, Clock
 from fedsim.network.engine import Flow, FluidNetwork
 from fedsim.network.failures import Failure, Scheduled
 from fedsim.network.links import Burst, LinkModel
@@ -28,12 +28,6 @@ from fedsim.network.wiring import LinkTable, Wiring
 from fedsim.streams import bits
 
 __all__ = ["Delivery", "LinkUse", "Network", "Transfer"]
-
-_FIRST = 0  # SimPy priority: before what users schedule for the same instant (which is 1)
-_LAST = 2
-_CHANGE, _ARRIVAL, _EXPIRY = 0, 1, 2  # order within the calendar at one instant
-_ALWAYS = -1  # a calendar entry that holds as long as the transfer is not over
-_MAX_IDLE_WAKES = 1000
 
 Outcome = Literal["delivered", "lost", "failed"]
 
@@ -130,23 +124,6 @@ class Transfer(simpy.Event):
         Without effect if it has already arrived or failed.
         """
         self.network.cancel(self)
-
-
-class _Wake(simpy.Event):
-    """A call at a given time, before or after everything else at that time."""
-
-    def __init__(
-        self,
-        env: simpy.Environment,
-        call: Callable[[simpy.Event], None],
-        delay: float,
-        priority: int,
-    ) -> None:
-        super().__init__(env)
-        self._ok = True
-        self._value = None
-        self.callbacks.append(call)
-        env.schedule(self, priority, delay)  # type: ignore[arg-type]
 
 
 class _Watch:
@@ -266,13 +243,7 @@ class Network:
             and self.options.window_bytes == inf
             and self.options.header_efficiency == 1.0
         )
-        self._calendar: list[tuple[float, int, int, Callable[[Any, float], None], Any, int]] = []
-        self._sequence = 0
-        self._wake: _Wake | None = None
-        self._armed = inf
-        self._is_solving = False
-        self._idle_wakes = 0
-        self._last_wake = -inf
+        self._clock = Clock(env, self._on_due, self._on_end)
 
     # What users do
 
@@ -333,7 +304,9 @@ class Network:
             }
         self._active[transfer] = None
         if self.options.timeout < inf:
-            self._at(self.env.now + self.options.timeout, _EXPIRY, self._expire, transfer, _ALWAYS)
+            self._clock.at(
+                self.env.now + self.options.timeout, EXPIRY, self._expire, transfer, WHILE_OPEN
+            )
         self._release(transfer, self.env.now)
         if transfer.flow is not None:
             self._note_stalls()
@@ -446,7 +419,9 @@ class Network:
 
         True for as long as nobody sends anything new or changes a link by hand.
         """
-        if not self._active or self._fluid.is_dirty or self._next_time() < inf:
+        if not self._active or self._fluid.is_dirty:
+            return None
+        if min(self._fluid.next_completion(), self._clock.next_time()) < inf:
             return None
         reasons = []
         for transfer in list(self._active)[:3]:
@@ -480,7 +455,7 @@ class Network:
                     return
                 death = self._states.next_death(node, now)
                 if death < inf:
-                    self._at(death, _CHANGE, self._die, transfer, _ALWAYS)
+                    self._clock.at(death, CHANGE, self._die, transfer, WHILE_OPEN)
             if not self._watch_route(transfer, now):
                 return
         self._start_latency(transfer, now)
@@ -503,7 +478,7 @@ class Network:
         latency = transfer.latency = self._route_latency(transfer.route)
         delay = self.options.setup(latency)
         if delay > 0:
-            self._at(now + delay, _ARRIVAL, self._enter, transfer, transfer.version)
+            self._clock.at(now + delay, ARRIVAL, self._enter, transfer, transfer.version)
         else:
             self._enter(transfer, now)
 
@@ -543,7 +518,7 @@ class Network:
         transfer.flow = Flow(tuple(uses.items()), transfer.bits_left, weight, cap, transfer)
         self._fluid.add(transfer.flow, now)
         if transfer.rate_cap < inf:
-            self._at(transfer.next_growth, _CHANGE, self._grow, transfer, transfer.version)
+            self._clock.at(transfer.next_growth, CHANGE, self._grow, transfer, transfer.version)
 
     def _start_up(self, transfer: Transfer, now: float) -> None:
         """Begin a slow start, unless one is not asked for."""
@@ -606,7 +581,7 @@ class Network:
         wait = options.backoff * 2.0 ** (transfer.attempts - 1)
         transfer.attempts += 1
         transfer.is_waiting = True
-        self._at(now + wait, _ARRIVAL, self._try_again, transfer, transfer.version)
+        self._clock.at(now + wait, ARRIVAL, self._try_again, transfer, transfer.version)
 
     def _try_again(self, transfer: Transfer, now: float) -> None:
         transfer.is_waiting = False
@@ -713,7 +688,7 @@ class Network:
     def _schedule_change(self, watch: _Watch, now: float) -> None:
         when = self._states.next_change(watch.link, now)
         if when < inf:
-            self._at(when, _CHANGE, self._change, watch, watch.version)
+            self._clock.at(when, CHANGE, self._change, watch, watch.version)
 
     def _take_state(self, watch: _Watch, now: float) -> None:
         """Give the solver the capacity that a watched link has now."""
@@ -780,45 +755,28 @@ class Network:
                     del self._watches[link]
                     self._fluid.set_capacity(link, self._states.bandwidth.item(link), self.env.now)
 
-    # The one clock
-
-    def _at(
-        self,
-        when: float,
-        rank: int,
-        call: Callable[[Any, float], None],
-        item: "Transfer | _Watch",
-        version: int,
-    ) -> None:
-        self._sequence += 1
-        heappush(self._calendar, (when, rank, self._sequence, call, item, version))
-
-    def _next_time(self) -> float:
-        calendar = self._calendar
-        while calendar:
-            _, _, _, _, item, version = calendar[0]
-            if item.version == version or (version == _ALWAYS and not item.is_over):
-                break
-            heappop(calendar)
-        when = self._fluid.next_completion()
-        return min(when, calendar[0][0]) if calendar else when
+    # Time
 
     def _look_ahead(self) -> None:
-        """Make sure that SimPy calls back: at the end of this instant, or at the next event."""
+        """Make sure to be called: at the end of this instant, or when something happens next."""
         if self._fluid.is_dirty:
-            if not self._is_solving:
-                self._is_solving = True
-                _Wake(self.env, self._on_solve, 0.0, _LAST)
-            return
-        when = self._next_time()
-        if when < self._armed:
-            self._armed = when
-            self._wake = _Wake(self.env, self._on_wake, max(when - self.env.now, 0.0), _FIRST)
+            self._clock.call_at_end()
+        else:
+            self._clock.wake_at(min(self._fluid.next_completion(), self._clock.next_time()))
 
-    def _on_solve(self, event: simpy.Event) -> None:
-        self._is_solving = False
-        self._check_progress()
-        self._fluid.solve(self.env.now)
+    def _on_due(self, now: float) -> None:
+        for flow in self._fluid.finished(now):
+            transfer: Transfer = flow.owner
+            transfer.flow = None
+            self._count(transfer, transfer.bits_left)
+            transfer.bits_left = 0.0
+            self._arrive(transfer)
+        self._clock.run_due(now)
+        self._note_stalls()
+        self._look_ahead()
+
+    def _on_end(self, now: float) -> None:
+        self._fluid.solve(now)
         self._note_stalls()
         self._look_ahead()
 
@@ -833,44 +791,12 @@ class Network:
             elif isnan(transfer.stalled_since):
                 transfer.stalled_since = now
                 when = now + self.options.stall_timeout
-                self._at(when, _EXPIRY, self._give_up_stalled, transfer, _ALWAYS)
+                self._clock.at(when, EXPIRY, self._give_up_stalled, transfer, WHILE_OPEN)
 
     def _give_up_stalled(self, transfer: Transfer, now: float) -> None:
         if now - transfer.stalled_since >= self.options.stall_timeout * (1 - 1e-12):
             transfer.stalled_since = nan
             self._miss(transfer, "failed", "stalled")
-
-    def _on_wake(self, event: simpy.Event) -> None:
-        if event is not self._wake:
-            return  # superseded by an earlier one
-        self._armed = inf
-        self._check_progress()
-        now = self.env.now
-        for flow in self._fluid.finished(now):
-            transfer: Transfer = flow.owner
-            transfer.flow = None
-            self._count(transfer, transfer.bits_left)
-            transfer.bits_left = 0.0
-            self._arrive(transfer)
-        calendar = self._calendar
-        while self._calendar and calendar[0][0] <= now:
-            when, _, _, call, item, version = heappop(calendar)
-            if item.version == version or (version == _ALWAYS and not item.is_over):
-                call(item, max(when, now))
-        self._note_stalls()
-        self._look_ahead()
-
-    def _check_progress(self) -> None:
-        now = self.env.now
-        if now > self._last_wake:
-            self._last_wake = now
-            self._idle_wakes = 0
-            return
-        self._idle_wakes += 1
-        if self._idle_wakes > _MAX_IDLE_WAKES:
-            raise NetworkError(
-                f"more than {_MAX_IDLE_WAKES} network events at {now:g} s: time does not go on"
-            )
 
 
 _MASK = 0xFFFFFFFFFFFFFFFF
