@@ -8,7 +8,8 @@ import simpy
 
 from fedsim.errors import ScenarioError
 from fedsim.network.links import LinkEnds, LinkState, Steps
-from fedsim.network.transfers import Delivery, Network, TransferOptions
+from fedsim.network.options import TransferOptions
+from fedsim.network.transfers import Delivery, Network
 from fedsim.network.wiring import LinkTable, ListedWiring
 
 __all__ = ["replay"]
