@@ -10,10 +10,10 @@ device. Images come from Fashion-MNIST below FEDSIM_DATA, else they are random.
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -230,7 +230,13 @@ def doubling(repeats):
 
 
 def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Resident peak since the last reset (Linux); a child's ru_maxrss begins at its parent's."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 1024
+
+
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory_of(kind):
@@ -251,6 +257,7 @@ def memory_of(kind):
     base, config = trainer.initial()[None], LocalConfig(batch_size=10)
     trainer.train(base, 0 * warm, warm, 1 + 0 * warm, config)
     mean, one = RunningMean(np.ones(k)), np.ones(k, int)
+    reset_peak()
     before, begin = peak_mb(), time.process_time()
     trainer.train(base, 0 * one, devices, one, config, collect=mean)
     show(

@@ -454,6 +454,40 @@ def test_other_random_modules_are_looped_reproducibly():
     assert torch.equal(alone.params[0], results[0][1])
 
 
+def test_a_call_for_nobody_gives_no_models():
+    _, trainer = make_trainer("cnn", make_data(IMAGE, 4, [5, 6]))
+    none = np.zeros(0, int)
+    result = trainer.train(trainer.initial()[None], none, none, none, LocalConfig())
+    assert result.params.shape == (0, trainer.layout.size)
+    assert result.loss.shape == result.steps.shape == (0,)
+
+
+def test_large_models_are_looped_on_a_processor_and_small_ones_mapped(recwarn):
+    data = make_data(IMAGE, 4, [5, 6])
+    for family, is_mapped in (("cnn", True), ("lstm", False), ("mlp", None)):
+        shape, n_classes = FAMILIES[family][2:]
+        _, trainer = make_trainer(family, make_data(shape, n_classes, [5, 6]))
+        used = engines_used(trainer)
+        assert used == {True: {"VmapKernel"}, False: set(), None: {"LinearKernel"}}[is_mapped]
+    wide = build_model(m.cnn, IMAGE, 4, seed=1, channels=(64, 64))
+    assert engines_used(Trainer(wide, data, seed=5)) == set()
+    assert engines_used(Trainer(wide, data, seed=5, engine="vmap")) == {"VmapKernel"}
+    assert not recwarn.list
+
+
+def engines_used(trainer):
+    """Return the kernels that a call of training went through; none is the loop."""
+    used, run = set(), trainer._run_stacked
+
+    def note(kernel, *arguments):
+        used.add(type(kernel).__name__)
+        return run(kernel, *arguments)
+
+    trainer._run_stacked = note
+    train_all(trainer, LocalConfig(batch_size=3))
+    return used
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gpu_gives_the_processors_result(family):
