@@ -361,8 +361,15 @@ class Network:
         edges : iterable of (int, int), optional
             Only the links between these pairs of nodes exist in this round; by default all.
 
-        Payloads that are on their way finish; the new round holds for those that follow.
+        A link that is in use stays as it is until nothing is on it, so that payloads on their way
+        finish.
         """
+        for transfer in self._active:
+            for link in () if transfer.is_waiting else transfer.route:
+                watch = self._watches.get(link)
+                if watch is None:
+                    watch = self._watches[link] = _Watch(link)
+                watch.users[transfer] = None
         self._states.start_round(number, edges)
 
     def link_name(self, link: int) -> str:

@@ -1,7 +1,6 @@
 import math
 from itertools import pairwise
 from math import inf
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,14 +333,3 @@ def test_windows_of_failures_are_merged():
 def test_impossible_models_are_refused(make, reason):
     with pytest.raises((ScenarioError, NetworkError), match=reason):
         make()
-
-
-def shared_traces():
-    folder = Path(__file__).parents[2] / "../shared/data/traces"
-    return sorted(folder.glob("*/*.csv"))
-
-
-@pytest.mark.skipif(not shared_traces(), reason="the recorded traces are not there")
-def test_recorded_traces_can_be_read():
-    for path in shared_traces():
-        assert read_trace(path).mean_bps > 0
