@@ -30,8 +30,9 @@ from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
-from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid, PeerGraph
+from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan, training_config
+from fedsim.flower.peers import PeerGraph
 from fedsim.flower.records import array_bytes
 from fedsim.flower.server import initial_arrays, save_arrays, score, score_models
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start

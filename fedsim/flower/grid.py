@@ -13,22 +13,27 @@ differential-privacy wrappers drop a whole round for one error reply but accept 
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import networkx as nx
 import simpy
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.devices import DeviceFleet
-from fedsim.errors import NetworkError, NoNodesError, PayloadError, ScenarioError
+from fedsim.errors import NetworkError, NoNodesError, ScenarioError
 from fedsim.flower import compat
-from fedsim.flower.instructions import Exchange, WorkPlan, read_exchange, round_of, server_round
+from fedsim.flower.instructions import (
+    NODE_BASE,
+    Exchange,
+    WorkPlan,
+    read_exchange,
+    round_of,
+    server_round,
+)
+from fedsim.flower.peers import PeerGraph, agreed_manners, check_node, group, peers_of, received
 from fedsim.flower.records import (
-    LazyArrayRecord,
     cast_like,
     flower_bytes,
     payload_bytes,
@@ -38,16 +43,10 @@ from fedsim.flower.records import (
 from fedsim.learning.config import LocalConfig
 from fedsim.network import Delivery, Network
 from fedsim.network.exchange import Trip, serve
-from fedsim.network.neighbours import Hooks, Manner, Neighbours
+from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import ComputeRow, Recorder, TransferRow
 
-__all__ = ["NODE_BASE", "Executor", "NetworkGrid", "PeerGraph", "Traffic"]
-
-NODE_BASE = 1000
-"""Flower node id of device 0 (0 and 1 mean something else in Flower)."""
-
-PeerGraph = Callable[[int], "nx.Graph[int]"]
-"""Who may exchange with whom in a round; its nodes are devices."""
+__all__ = ["NODE_BASE", "Executor", "NetworkGrid", "Traffic"]
 
 _log = logging.getLogger(__name__)
 
@@ -121,6 +120,16 @@ class _Flight:
     def sends_result(self) -> bool:
         """Whether its payload is what its work makes, not what it was sent."""
         return self.exchange.kind == "server" or self.exchange.manner.when == "after"
+
+    @property
+    def sent(self) -> Message | None:
+        """The message whose arrays its device sends to its neighbours."""
+        return self.reply if self.sends_result else self.message
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its device's app raised, so that there was nothing to send."""
+        return self.sends_result and self.reply is not None and self.reply.has_error()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,23 +270,23 @@ class NetworkGrid(Grid):
         batch = list(messages)
         cargoes: dict[int, _Cargo] = {}
         for message in batch:
-            self._check_node(message.metadata.dst_node_id)
+            check_node(message.metadata.dst_node_id, len(self.fleet))
             if id(message.content) not in cargoes:
                 cargoes[id(message.content)] = self._load(message.content)
         loads = [cargoes[id(message.content)] for message in batch]
         peers = [self._peers_of(m, load) for m, load in zip(batch, loads, strict=True)]
-        manners = self._manners(loads)
+        manners = agreed_manners([(load.round, load.exchange) for load in loads])
         if any(_is_train(message) for message in batch):
             self.on_train_push()
         self._start_round(max((load.round or 0 for load in loads), default=0))
         flights = [self._board(m, load) for m, load in zip(batch, loads, strict=True)]
-        groups: list[tuple[list[Trip], dict[int, list[int]]]] = []
+        between: list[tuple[Trip, list[int]]] = []
         for flight, among in zip(flights, peers, strict=True):
             if among is None:
                 self._depart(flight.trip)
             else:
-                _gather(groups, flight.trip, among)
-        for trips, known in groups:
+                between.append((flight.trip, among))
+        for trips, known in group(between):
             self._neighbours.begin(trips, known, manners[trips[0].round])
         self._was_hopeless = False
         return [flight.trip.message_id for flight in flights]
@@ -371,11 +380,6 @@ class NetworkGrid(Grid):
 
     # --- an instruction's way -----------------------------------------------------------------
 
-    def _check_node(self, node_id: int) -> None:
-        if not 0 <= node_id - NODE_BASE < len(self.fleet):
-            last = NODE_BASE + len(self.fleet) - 1
-            raise NetworkError(f"there is no node {node_id}; nodes are {NODE_BASE} to {last}")
-
     def _load(self, content: RecordDict) -> _Cargo:
         """Copy and weigh what all messages with this content carry."""
         exchange = read_exchange(content)
@@ -400,48 +404,17 @@ class NetworkGrid(Grid):
             self.network.start_round(number)
 
     def _peers_of(self, message: Message, cargo: _Cargo) -> list[int] | None:
-        """Return the devices that a message's device may exchange with; None: the server."""
-        exchange, device = cargo.exchange, message.metadata.dst_node_id - NODE_BASE
-        if exchange.kind == "server":
-            if self.network.server is None and not self._is_free(message.metadata.message_type):
-                raise ScenarioError(
-                    "topology: it has no server, and this strategy's messages travel by way of "
-                    "one; use a topology that has a server (kind: star, tree), or a strategy "
-                    "whose devices exchange with their neighbours"
-                )
-            return None
-        if cargo.round is None:
-            raise PayloadError(
-                "an exchange between neighbours needs the int 'server-round' in a ConfigRecord: it "
-                "says which payloads belong together"
+        """Return the devices that a message's device may send to; None: the server."""
+        node_id = message.metadata.dst_node_id
+        if cargo.exchange.kind == "neighbours":
+            return peers_of(node_id, cargo.exchange, cargo.round, self._peers, len(self.fleet))
+        if self.network.server is None and not self._is_free(message.metadata.message_type):
+            raise ScenarioError(
+                "topology: it has no server, and this strategy's messages travel by way of one; "
+                "use a topology that has a server (kind: star, tree), or a strategy whose devices "
+                "exchange with their neighbours"
             )
-        if exchange.peers is not None:
-            for node_id in exchange.peers:
-                self._check_node(node_id)
-            if device + NODE_BASE in exchange.peers:
-                raise PayloadError(f"exchange.peers of node {device + NODE_BASE} names itself")
-            return sorted(node_id - NODE_BASE for node_id in exchange.peers)
-        if self._peers is None:
-            raise PayloadError(
-                "an exchange between neighbours without neighbours: the topology links no two "
-                "devices directly; set 'peers', for example peers: {kind: ring}, or give the "
-                "strategy a graph"
-            )
-        graph = self._peers(cargo.round)
-        return sorted(graph.adj[device]) if device in graph else []
-
-    def _manners(self, cargoes: Sequence[_Cargo]) -> dict[int, Manner]:
-        """Return how the devices of each round of a push exchange with their neighbours."""
-        manners: dict[int, Manner] = {}
-        for cargo in cargoes:
-            if cargo.exchange.kind == "neighbours" and cargo.round is not None:
-                manner = cargo.exchange.manner
-                if manners.setdefault(cargo.round, manner) != manner:
-                    raise PayloadError(
-                        f"instructions of round {cargo.round} in one push differ in how they "
-                        f"exchange: {manners[cargo.round]} and {manner}"
-                    )
-        return manners
+        return None
 
     def _board(self, message: Message, cargo: _Cargo) -> _Flight:
         """Give a message its id and its snapshot, and a trip in virtual time."""
@@ -694,14 +667,16 @@ class NetworkGrid(Grid):
             "finished": trip.finished,
         }
         if trip.exchange == "neighbours":
-            received = {d: s for d, s in sorted(trip.payloads.items()) if not _has_failed(s)}
+            payloads = sorted(trip.payloads.items())
+            came = {d: s for d, s in payloads if s is None or not s.has_failed}
             if trip.neighbours:
                 delivery["neighbours"] = [NODE_BASE + device for device in trip.neighbours]
-            if received:
-                delivery["received_from"] = [NODE_BASE + device for device in received]
+            if came:
+                delivery["received_from"] = [NODE_BASE + device for device in came]
             if flight.exchange.manner.barrier == "local":
-                compat.fill(reply.content, {"received": _received(received)})
-            trip.payloads = dict.fromkeys(received)  # let go of the senders' models
+                sent = {d: None if s is None else s.sent for d, s in came.items()}
+                compat.fill(reply.content, {"received": received(sent)})
+            trip.payloads = dict.fromkeys(came)  # let go of the senders' models
         compat.fill(reply.content, {"delivery": compat.fill(ConfigRecord(), delivery)})
 
     def _run_until(self, open_ids: set[str], deadline: float, *, needed: int) -> None:
@@ -722,41 +697,6 @@ class NetworkGrid(Grid):
             env.step()
         if len(self._waiting) > enough and env.now < deadline:
             env.run(until=deadline)
-
-
-def _gather(
-    groups: list[tuple[list[Trip], dict[int, list[int]]]], trip: Trip, peers: list[int]
-) -> None:
-    """Add a trip to the first group of its round that lacks its device."""
-    for trips, known in groups:
-        if trips[0].round == trip.round and trip.device not in known:
-            break
-    else:
-        trips, known = [], {}
-        groups.append((trips, known))
-    trips.append(trip)
-    known[trip.device] = peers
-
-
-def _has_failed(sender: _Flight | None) -> bool:
-    """Return whether a sender's app raised, so that it had nothing to send."""
-    if sender is None or sender.reply is None:
-        return False
-    return sender.sends_result and sender.reply.has_error()
-
-
-def _received(senders: Mapping[int, _Flight | None]) -> LazyArrayRecord:
-    """Return the arrays that devices sent, under ``<node id>/<array>``."""
-    record = LazyArrayRecord()
-    for device, sender in senders.items():
-        if sender is None:  # the strategy has its model
-            continue
-        message = sender.reply if sender.sends_result else sender.message
-        assert message is not None
-        arrays = next(r for r in message.content.values() if isinstance(r, ArrayRecord))
-        named = {f"{NODE_BASE + device}/{key}": copy(array) for key, array in arrays.items()}
-        compat.fill(record, named)
-    return record
 
 
 def _is_train(message: Message) -> bool:

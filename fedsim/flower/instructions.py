@@ -13,6 +13,7 @@ from fedsim.learning.config import LocalConfig
 from fedsim.network.neighbours import Manner
 
 __all__ = [
+    "NODE_BASE",
     "Exchange",
     "WorkPlan",
     "read_exchange",
@@ -20,6 +21,9 @@ __all__ = [
     "server_round",
     "training_config",
 ]
+
+NODE_BASE = 1000
+"""Flower node id of device 0 (0 and 1 mean something else in Flower)."""
 
 _EVALUATION_SHARE = 1 / 3  # a forward pass costs a third of a training step
 _EXCHANGE = "exchange"
