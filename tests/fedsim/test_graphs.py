@@ -84,9 +84,9 @@ def test_a_strategy_of_a_server_needs_one_and_a_trees_root_is_one():
 
 
 def test_a_graph_of_other_devices_is_an_error_that_names_both_numbers():
-    with pytest.raises(ScenarioError, match="has 9 devices, but data.devices is 6"):
+    with pytest.raises(ScenarioError, match=r"has 9 devices, but data\.devices is 6"):
         scenario(topology={"kind": "bcube", "n": 3, "k": 2})
-    with pytest.raises(ScenarioError, match="has 8 devices, but data.devices is 6"):
+    with pytest.raises(ScenarioError, match=r"has 8 devices, but data\.devices is 6"):
         scenario(peers={"kind": "hypercube", "dimension": 3})
 
 
