@@ -83,9 +83,7 @@ def verify(cases: Path | None = None) -> list[FamilyResult]:
     results = []
     for family, answers in sorted(found.items()):
         worst = max(answers, key=lambda answer: (answer.error > answer.tolerance, answer.error))
-        results.append(
-            FamilyResult(family, len(answers), worst.error, worst.case, worst.tolerance)
-        )
+        results.append(FamilyResult(family, len(answers), worst.error, worst.case, worst.tolerance))
     return results
 
 
