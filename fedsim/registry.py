@@ -156,6 +156,8 @@ _UNIT_NAMES = (
     (units.Bandwidth, "bandwidth"),
     (units.Speed, "speed"),
     (units.FlopRate, "FLOP rate"),
+    (units.ComputeSpeed, "speed"),
+    (units.Energy, "energy"),
 )
 
 
