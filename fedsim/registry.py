@@ -112,14 +112,23 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "vectorised": "fedsim.scenario:VectorisedExecution",
         },
         "speed": {
-            "class": "fedsim.devices:ClassSpeed",
+            "classes": "fedsim.devices:ClassSpeed",
             "constant": "fedsim.devices:ConstantSpeed",
             "lognormal": "fedsim.devices:LognormalSpeed",
+            "trace": "fedsim.devices:TraceSpeed",
             "uniform": "fedsim.devices:UniformSpeed",
+        },
+        "slowdown": {
+            "none": "fedsim.devices:NoSlowdown",
+            "random": "fedsim.devices:RandomSlowdown",
+            "scheduled": "fedsim.devices:ScheduledSlowdown",
         },
         "availability": {
             "always": "fedsim.devices:Always",
+            "day_night": "fedsim.devices:DayNight",
+            "intervals": "fedsim.devices:Intervals",
             "on_off": "fedsim.devices:OnOffAvailability",
+            "trace": "fedsim.devices:TraceAvailability",
         },
     }
 )
@@ -135,6 +144,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = MappingProxyType(
         "model": frozenset({"dtype", "input_shape", "n_classes", "seed"}),
         "executor": frozenset(),
         "speed": frozenset({"n_devices", "rng", "seed"}),
+        "slowdown": frozenset({"n_devices", "rng", "seed"}),
         "availability": frozenset({"n_devices", "rng", "seed"}),
     }
 )
@@ -146,6 +156,7 @@ _NOUNS: Mapping[str, str] = MappingProxyType(
         "dataset": "data set",
         "link": "link model",
         "partition": "way to split data",
+        "slowdown": "slow-down",
         "speed": "speed model",
     }
 )

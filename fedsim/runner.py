@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fedsim import registry
 from fedsim.data.datasets import hold_out
 from fedsim.data.federated import FederatedData, federate
-from fedsim.devices import DeviceFleet
+from fedsim.devices import DeviceFleet, make_fleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
@@ -251,10 +251,12 @@ def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
 
 
 def _build_fleet(scenario: Scenario) -> DeviceFleet:
-    n_devices, seed = scenario.data.devices, scenario.seed
-    speed = registry.build("speed", scenario.devices.speed.spec())
-    availability = registry.build("availability", scenario.devices.availability.spec())
-    return DeviceFleet(speed.sample(n_devices, seed), availability.start(n_devices, seed))
+    return make_fleet(
+        scenario.data.devices,
+        scenario.seed,
+        speed=registry.build("speed", scenario.devices.speed.spec()),
+        availability=registry.build("availability", scenario.devices.availability.spec()),
+    )
 
 
 def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArray]:
