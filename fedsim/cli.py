@@ -511,7 +511,7 @@ def verify(
     from fedsim.verify import verify as replay_all
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("family", "cases", "flows", "worst error", "tolerance", ""):
+    for heading in ("family", "cases", "worst error", "tolerance", ""):
         table.add_column(heading, justify="left" if heading in ("family", "") else "right")
     results = replay_all(cases)
     for found in results:
@@ -519,7 +519,6 @@ def verify(
         table.add_row(
             found.family,
             str(found.n_cases),
-            str(found.n_flows),
             f"{found.worst:.1e}",
             f"{found.tolerance:.0e}",
             verdict,

@@ -89,7 +89,13 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "topology": {"star": "topologies.generators:star"},
         "link": {
             "constant": "fedsim.network.links:Constant",
+            "correlated": "fedsim.network.links:Correlated",
+            "gilbert_elliott": "fedsim.network.links:GilbertElliott",
+            "mobility": "fedsim.network.mobility:Mobility",
             "on_off": "fedsim.network.links:OnOff",
+            "redraw": "fedsim.network.links:Redraw",
+            "sinusoid": "fedsim.network.links:Sinusoid",
+            "trace": "fedsim.network.traces:Trace",
         },
         "dataset": {
             "digits": "fedsim.data.datasets:load_digits",

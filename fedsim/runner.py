@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import simpy
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from fedsim import registry
 from fedsim.data.datasets import hold_out
@@ -38,7 +39,9 @@ from fedsim.learning.models import build_model
 from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
 from fedsim.network import Network, star_network
+from fedsim.network.failures import Failure
 from fedsim.recorder import (
+    LinkRow,
     NetworkWorld,
     Recorder,
     RoundRow,
@@ -285,9 +288,24 @@ def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
         server_down_bps=topology.server_bandwidth,
         link_model=registry.build("link", scenario.links.spec()),
         seed=scenario.seed,
-        message_loss=scenario.network.message_loss,
-        link_down=scenario.network.link_down,
+        failures=[Failure(**_given(entry)) for entry in scenario.network.failures],
+        **_transfer_options(scenario),
     )
+
+
+def _transfer_options(scenario: Scenario) -> dict[str, Any]:
+    """Return how payloads travel; headers are the grid's, which counts them in the records."""
+    options = scenario.network
+    not_the_networks = {"loss_reply", "accounting", "header_bytes", "failures"}
+    found = {k: v for k, v in _given(options).items() if k not in not_the_networks}
+    if "transfer_timeout" in found:
+        found["timeout"] = found.pop("transfer_timeout")
+    return found
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    """Return the values of a section that are not None, in base units."""
+    return {key: value for key, value in section if value is not None}
 
 
 def _build_trainer(scenario: Scenario, data: FederatedData, device: str) -> Trainer:
@@ -298,8 +316,7 @@ def _build_trainer(scenario: Scenario, data: FederatedData, device: str) -> Trai
 
 
 def _local_config(scenario: Scenario) -> LocalConfig:
-    training = scenario.training.model_dump(exclude_none=True)
-    return LocalConfig(**training)
+    return LocalConfig(**_given(scenario.training))
 
 
 def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Executor:
@@ -481,6 +498,8 @@ def _run_one(
         target = scenario.evaluation.target
         if target is None and scenario.stop is not None:
             target = scenario.stop.accuracy
+        if recorder.has_transfers:
+            _record_links(recorder, simulation.network)
         summary = summarise(
             recorder.rows,
             target=target,
@@ -492,6 +511,25 @@ def _run_one(
         last = recorder.rows[-1] if recorder.rows else None
         tell(last, "diverged" if outcome.diverged else "done", outcome.diverged or "")
     return strategy_result(recorder, summary), ""
+
+
+def _record_links(recorder: Recorder, network: Network) -> None:
+    """Record what each link that was used has carried, and how it varied."""
+    end = network.env.now
+    for use in network.link_uses():
+        history = network.timeline(use.name, 0.0, end)
+        is_constant = len(history) < 2 and history[:1] == [(0.0, use.bandwidth_bps)]
+        recorder.link(
+            LinkRow(
+                link=use.name,
+                bandwidth_bps=use.bandwidth_bps,
+                latency=use.latency,
+                carried_bytes=use.carried_bytes,
+                busy_time=use.busy_time,
+                change_times=[] if is_constant else [time for time, _ in history],
+                change_rates_bps=[] if is_constant else [rate for _, rate in history],
+            )
+        )
 
 
 def _run_in_processes(

@@ -37,6 +37,7 @@ __all__ = [
     "Data",
     "Devices",
     "Evaluation",
+    "FailureEntry",
     "NetworkOptions",
     "Quantity",
     "Record",
@@ -304,6 +305,30 @@ class Topology(Spec):
     """Rate of the server's own link, shared by all devices, per direction (star only)."""
 
 
+class FailureEntry(_Section):
+    """Something that is down from one time to another: a link, a node, or a partition."""
+
+    link: str | None = None
+    """A link's name: `access-17` (both directions of a device's link), `up-17`, `3-7`, `3>7`."""
+    node: int | None = None
+    """A node: a device's number; in a star the server is the number of devices."""
+    parts: list[list[int]] | None = None
+    """A partition: links between nodes of different parts are down."""
+    start: Duration = 0.0
+    """When it goes down."""
+    end: Duration | None = None
+    """When it comes back; never, by default."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = sum(each is not None for each in (self.link, self.node, self.parts))
+        if given != 1:
+            raise ValueError(f"a failure has one of link, node and parts; this one has {given}")
+        if self.end is not None and not self.start < self.end:
+            raise ValueError("a failure must end after its start")
+        return self
+
+
 class NetworkOptions(_Section):
     """How messages fare."""
 
@@ -313,6 +338,28 @@ class NetworkOptions(_Section):
     """What a strategy sees of a lost message: no reply, or a reply with an error."""
     link_down: Literal["stall", "fail", "reroute"] = "stall"
     """What a transfer does when its link goes down: wait for it, fail, or take another route."""
+    loss: Literal["none", "goodput", "tcp", "drop"] = "none"
+    """What a link's own packet loss does: nothing; lost packets are sent again at the cost of
+    rate; the same, and TCP's congestion control caps the rate; the whole message is lost with the
+    first of its packets."""
+    stall_timeout: Annotated[Duration, Field(gt=0)] | None = None
+    """A transfer whose rate has been 0 for so long fails."""
+    transfer_timeout: Annotated[Duration, Field(gt=0)] | None = None
+    """A transfer fails so long after it was sent, whatever its state."""
+    retries: int = Field(default=0, ge=0)
+    """How often a message that was lost or failed is sent again."""
+    backoff: Duration = 1.0
+    """Wait before the first retry; doubles with each."""
+    handshake_rtts: float = Field(default=0.0, ge=0)
+    """Round trips before a transfer sets off."""
+    startup: Literal["none", "slow_start"] = "none"
+    """Whether a transfer starts slowly, as TCP's do."""
+    header_efficiency: float = Field(default=1.0, gt=0, le=1)
+    """Share of a link's rate that is payload: 0.9653 for TCP over 1500-byte packets."""
+    fairness: Literal["maxmin", "rtt", "none"] = "maxmin"
+    """How transfers share a link: equally; in inverse proportion to their latency; not at all."""
+    failures: list[FailureEntry] = Field(default_factory=list)
+    """What fails when, whatever the `links` do."""
     header_bytes: int = Field(default=0, ge=0)
     """Bytes added to every message."""
     accounting: Literal["dense", "flower"] = "dense"
@@ -755,7 +802,18 @@ def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     """
     document = read_document(Path(path))
     document.data.setdefault("name", Path(path).stem)
+    _find_files(document.data, Path(path).parent)
     return _finish(document, overrides)
+
+
+def _find_files(value: Any, folder: Path) -> None:
+    """Let a relative `path` that is not below the working directory mean one beside the file."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, dict | list):
+            _find_files(inner, folder)
+        elif key == "path" and isinstance(inner, str) and not Path(inner).exists():
+            beside = folder / inner
+            value[key] = str(beside) if beside.exists() else inner
 
 
 def _finish(document: Document, overrides: Sequence[str]) -> Scenario:
