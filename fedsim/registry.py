@@ -620,6 +620,8 @@ def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Itera
             near = nearest(str(location[-1]), valid)
             meant = f"; did you mean '{near}'?" if near else "."
             return f"unknown key{meant} Valid: {', '.join(valid) or 'no keys'}"
+        case "unexpected_keyword_argument":
+            return "unknown key"
         case "missing":
             return "is missing, and has no default"
         case "value_error":
