@@ -148,14 +148,23 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "vectorised": "fedsim.scenario:VectorisedExecution",
         },
         "speed": {
-            "class": "fedsim.devices:ClassSpeed",
+            "classes": "fedsim.devices:ClassSpeed",
             "constant": "fedsim.devices:ConstantSpeed",
             "lognormal": "fedsim.devices:LognormalSpeed",
+            "trace": "fedsim.devices:TraceSpeed",
             "uniform": "fedsim.devices:UniformSpeed",
+        },
+        "slowdown": {
+            "none": "fedsim.devices:NoSlowdown",
+            "random": "fedsim.devices:RandomSlowdown",
+            "scheduled": "fedsim.devices:ScheduledSlowdown",
         },
         "availability": {
             "always": "fedsim.devices:Always",
+            "day_night": "fedsim.devices:DayNight",
+            "intervals": "fedsim.devices:Intervals",
             "on_off": "fedsim.devices:OnOffAvailability",
+            "trace": "fedsim.devices:TraceAvailability",
         },
     }
 )
@@ -172,6 +181,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = MappingProxyType(
         "schedule": frozenset(),
         "executor": frozenset(),
         "speed": frozenset({"n_devices", "rng", "seed"}),
+        "slowdown": frozenset({"n_devices", "rng", "seed"}),
         "availability": frozenset({"n_devices", "rng", "seed"}),
     }
 )
@@ -183,6 +193,7 @@ _NOUNS: Mapping[str, str] = MappingProxyType(
         "dataset": "data set",
         "link": "link model",
         "partition": "way to split data",
+        "slowdown": "slow-down",
         "speed": "speed model",
     }
 )
@@ -193,6 +204,8 @@ _UNIT_NAMES = (
     (units.Bandwidth, "bandwidth"),
     (units.Speed, "speed"),
     (units.FlopRate, "FLOP rate"),
+    (units.ComputeSpeed, "speed"),
+    (units.Energy, "energy"),
 )
 
 
@@ -638,6 +651,8 @@ def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Itera
             near = nearest(str(location[-1]), valid)
             meant = f"; did you mean '{near}'?" if near else "."
             return f"unknown key{meant} Valid: {', '.join(valid) or 'no keys'}"
+        case "unexpected_keyword_argument":
+            return "unknown key"
         case "missing":
             return "is missing, and has no default"
         case "value_error":

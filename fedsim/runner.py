@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from fedsim import registry
 from fedsim.data.datasets import Dataset, hold_out
 from fedsim.data.federated import DeviceData, federate
-from fedsim.devices import DeviceFleet
+from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
@@ -35,6 +35,7 @@ from fedsim.flower.records import array_bytes
 from fedsim.flower.server import initial_arrays, save_arrays, score
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
 from fedsim.learning.config import LocalConfig
+from fedsim.learning.cost import model_cost
 from fedsim.learning.models import build_model
 from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
@@ -193,9 +194,9 @@ def build(
             f"(it is {world.data.validation_fraction})"
         )
     env = simpy.Environment()
-    fleet = _build_fleet(world)
     network = _build_network(env, world)
     trainer = _build_trainer(world, data, device)
+    fleet = _build_fleet(world, trainer)
     plan = WorkPlan(_local_config(world), data.size, world.seed)
     executor = _build_executor(world, trainer, plan)
     grid = NetworkGrid(
@@ -275,11 +276,29 @@ def _made(dataset: Any, data: Any) -> DeviceData:
     return made
 
 
-def _build_fleet(scenario: Scenario) -> DeviceFleet:
-    n_devices, seed = scenario.data.devices, scenario.seed
-    speed = registry.build("speed", scenario.devices.speed.spec())
-    availability = registry.build("availability", scenario.devices.availability.spec())
-    return DeviceFleet(speed.sample(n_devices, seed), availability.start(n_devices, seed))
+def _build_fleet(scenario: Scenario, trainer: Trainer) -> DeviceFleet:
+    devices = scenario.devices
+    needs_flops = "FLOP/s" in devices.speed.model_dump_json() or (
+        devices.energy is not None and devices.energy.per_flop is not None
+    )
+    return make_fleet(
+        scenario.data.devices,
+        scenario.seed,
+        speed=registry.build("speed", devices.speed.spec()),
+        availability=registry.build("availability", devices.availability.spec()),
+        slowdown=registry.build("slowdown", devices.slowdown.spec()),
+        on_leave=devices.on_leave,
+        energy=EnergyCosts(**_given(devices.energy)) if devices.energy else None,
+        flops_per_sample=_flops_per_sample(trainer) if needs_flops else None,
+    )
+
+
+def _flops_per_sample(trainer: Trainer) -> float:
+    """Count the operations of one sample; only where asked, since not every model can be traced."""
+    data = trainer.data
+    is_symbols = str(data.x_test.dtype) == "torch.int64"
+    cost = model_cost(trainer.stack.module, data.input_shape, tokens=is_symbols)
+    return float(cost.training_flops)
 
 
 def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -30,7 +30,7 @@ from fedsim import registry
 from fedsim.document import Document, Place, read_document, read_value, write_yaml
 from fedsim.errors import ScenarioError
 from fedsim.registry import Problem
-from fedsim.units import Bandwidth, Duration, Size
+from fedsim.units import Bandwidth, Duration, Energy, Size
 
 __all__ = [
     "ClientAppExecution",
@@ -299,13 +299,38 @@ class Training(_Section):
         return self
 
 
+class DeviceEnergy(_Section):
+    """What a device spends on work and on messages."""
+
+    per_sample: Energy | None = None
+    """For one training sample; evaluation counts a third."""
+    per_flop: Energy | None = None
+    """For one operation of the model, instead of `per_sample`."""
+    per_byte_sent: Energy = 0.0
+    """For one byte that leaves the device, headers included, lost messages as well."""
+    per_byte_received: Energy = 0.0
+    """For one byte that reaches the device."""
+
+    @model_validator(mode="after")
+    def _check_work(self) -> Self:
+        if self.per_sample is not None and self.per_flop is not None:
+            raise ValueError("give per_sample or per_flop, not both")
+        return self
+
+
 class Devices(_Section):
-    """How fast devices compute and when they are there."""
+    """How fast devices compute, when they are there, and what they spend."""
 
     speed: Spec = Spec(kind="constant", value="500 samples/s")  # type: ignore[call-arg]
-    """Training samples per second of each device."""
+    """Training samples or operations per second of each device."""
+    slowdown: Spec = Spec(kind="none")
+    """When devices are slower than that."""
     availability: Spec = Spec(kind="always")
     """When each device can be reached."""
+    on_leave: Literal["pause", "drop"] = "pause"
+    """What becomes of the work of a device that goes away: it waits, or is lost."""
+    energy: DeviceEnergy | None = None
+    """What work and messages cost a device; none: not counted."""
 
 
 class Topology(Spec):
@@ -526,6 +551,7 @@ _PARTS: Mapping[tuple[str, ...], str] = {
     ("model",): "model",
     ("training", "schedule"): "schedule",
     ("devices", "speed"): "speed",
+    ("devices", "slowdown"): "slowdown",
     ("devices", "availability"): "availability",
     ("topology",): "topology",
     ("links",): "link",
