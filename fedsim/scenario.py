@@ -32,7 +32,7 @@ from fedsim.errors import ScenarioError
 from fedsim.graphs import between_devices, build_graph, is_random
 from fedsim.registry import Problem
 from fedsim.streams import stream
-from fedsim.units import Bandwidth, Duration, Size
+from fedsim.units import Bandwidth, Duration, Energy, Size
 
 __all__ = [
     "ClientAppExecution",
@@ -191,9 +191,16 @@ class VectorisedExecution:
     chunk : int, optional
         Devices trained at once; fewer need less memory. By default as many as fit. Results do not
         depend on it.
+    engine : {"auto", "linear", "vmap", "loop"}
+        Hand-batched products for stacks of linear layers, any module mapped over devices, or one
+        device after the other; `auto` takes the first that serves.
+    precision : {"exact", "tf32", "bfloat16"}
+        Of the arithmetic; weights and results keep their type.
     """
 
     chunk: Annotated[int, Field(ge=1)] | None = None
+    engine: Literal["auto", "linear", "vmap", "loop"] = "auto"
+    precision: Literal["exact", "tf32", "bfloat16"] = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +241,8 @@ class Data(_Section):
     """Share of the samples kept for testing, for data sets without a test set of their own."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training samples kept for validation, on no device."""
+    local_test_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of its samples that a device keeps to test models on (`evaluation.on: devices`)."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
@@ -242,23 +251,34 @@ class Data(_Section):
         return self
 
 
+_Pair = Annotated[list[QuantityT], Field(min_length=2, max_length=2)]
+
+
 class Training(_Section):
     """What a device does with its data in a round, unless the strategy says otherwise."""
 
-    optimizer: Literal["sgd"] = "sgd"
-    """Plain SGD, with `momentum` and the like."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """SGD, with `momentum` and the like; Adam or AdamW, whose moments start at zero every round."""
     learning_rate: float = Field(default=0.1, ge=0)
     """Step size."""
     batch_size: int = Field(default=32, ge=0)
     """Samples a step; 0 means all of the device's samples."""
+    schedule: Spec | None = None
+    """How the learning rate changes with the round: a name or a mapping with `kind`."""
+    loss: str | None = None
+    """The loss; by default what the model was made for."""
     drop_last: bool = False
     """Leave out the last batch of an epoch when it is smaller than the others."""
     local_epochs: int | None = Field(default=None, ge=1)
     """Passes over the device's data in a round; 1 unless `local_steps` is given."""
-    local_steps: int | None = Field(default=None, ge=1)
-    """Steps in a round, instead of `local_epochs`."""
+    local_steps: Annotated[int, Field(ge=1)] | _Pair[int] | None = None
+    """Steps in a round, instead of `local_epochs`; of a pair each device draws from that range."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Heavy-ball momentum; starts at zero in every round."""
+    betas: _Pair[float] = [0.9, 0.999]
+    """Decay rates of Adam's moments."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -282,13 +302,38 @@ class Training(_Section):
         return self
 
 
+class DeviceEnergy(_Section):
+    """What a device spends on work and on messages."""
+
+    per_sample: Energy | None = None
+    """For one training sample; evaluation counts a third."""
+    per_flop: Energy | None = None
+    """For one operation of the model, instead of `per_sample`."""
+    per_byte_sent: Energy = 0.0
+    """For one byte that leaves the device, headers included, lost messages as well."""
+    per_byte_received: Energy = 0.0
+    """For one byte that reaches the device."""
+
+    @model_validator(mode="after")
+    def _check_work(self) -> Self:
+        if self.per_sample is not None and self.per_flop is not None:
+            raise ValueError("give per_sample or per_flop, not both")
+        return self
+
+
 class Devices(_Section):
-    """How fast devices compute and when they are there."""
+    """How fast devices compute, when they are there, and what they spend."""
 
     speed: Spec = Spec(kind="constant", value="500 samples/s")  # type: ignore[call-arg]
-    """Training samples per second of each device."""
+    """Training samples or operations per second of each device."""
+    slowdown: Spec = Spec(kind="none")
+    """When devices are slower than that."""
     availability: Spec = Spec(kind="always")
     """When each device can be reached."""
+    on_leave: Literal["pause", "drop"] = "pause"
+    """What becomes of the work of a device that goes away: it waits, or is lost."""
+    energy: DeviceEnergy | None = None
+    """What work and messages cost a device; none: not counted."""
 
 
 class Topology(Spec):
@@ -525,7 +570,9 @@ _PARTS: Mapping[tuple[str, ...], str] = {
     ("data", "dataset"): "dataset",
     ("data", "partition"): "partition",
     ("model",): "model",
+    ("training", "schedule"): "schedule",
     ("devices", "speed"): "speed",
+    ("devices", "slowdown"): "slowdown",
     ("devices", "availability"): "availability",
     ("topology",): "topology",
     ("peers",): "topology",
@@ -571,7 +618,7 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         if not isinstance(holder, dict):
             continue
         spec: Any = holder.get(path[-1], _default(path))
-        if spec is None and path == ("peers",):
+        if spec is None:
             continue
         beside = _BESIDE.get(path, ())
         own = _pick(spec, beside)
@@ -935,7 +982,7 @@ def _override(document: Document, override: str) -> None:
         if isinstance(inside, str) and (path in _PARTS or path[:-1] == ("strategies",)):
             inside = {"kind": inside}
         if inside is None:
-            inside = (_default(path) if path in _PARTS else None) or {}
+            inside = (_default(path) or {}) if path in _PARTS else {}
             document.origin[path] = option
         if not isinstance(inside, dict):
             where = ".".join(map(str, path))
@@ -976,7 +1023,6 @@ def json_schema() -> dict[str, Any]:
     extras = {"topology": link_keys, "strategy": overrides}
     redraw = dict(definitions["Peers"]["properties"]["redraw"])
     definitions["peers"] = registry.spec_schema("topology", {"redraw": redraw})
-    definitions["peers"]["anyOf"].append({"type": "null"})
     for kind in registry.TABLES:
         definitions[kind] = registry.spec_schema(kind, extras.get(kind))
         for choice in definitions[kind]["anyOf"]:
@@ -985,7 +1031,10 @@ def json_schema() -> dict[str, Any]:
         holder = schema if len(path) == 1 else definitions[path[0].capitalize()]
         described = holder["properties"][path[-1]].get("description", "")
         name = "peers" if path == ("peers",) else kind
-        holder["properties"][path[-1]] = {"$ref": f"#/$defs/{name}", "description": described}
+        part: dict[str, Any] = {"$ref": f"#/$defs/{name}"}
+        if _default(path) is None:
+            part = {"anyOf": [part, {"type": "null"}]}
+        holder["properties"][path[-1]] = part | {"description": described}
     schema["properties"]["strategies"] |= {
         "minProperties": 1,
         "propertyNames": {"pattern": f"^{_STRATEGY_NAME.pattern}$"},

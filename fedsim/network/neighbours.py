@@ -286,10 +286,15 @@ class _Exchange:
     def _work(self, member: _Member) -> None:
         trip, env = member.trip, self._env
         member.has_begun = True
-        trip.started, trip.computed = self._owner.compute.occupy(trip.device, env.now, trip.samples)
-        if self.manner.when == "with":
+        compute = self._owner.compute
+        trip.started, ended, is_done = compute.occupy(trip.device, env.now, trip.samples)
+        if self.manner.when == "with" and not math.isnan(trip.started):
             at(env, trip.started, lambda _: self._send(member))
-        at(env, trip.computed, lambda _: self._finish_work(member))
+        if is_done:
+            trip.computed = ended
+            at(env, ended, lambda _: self._finish_work(member))
+        else:
+            at(env, ended, lambda _: self._end(member, "failed-device"))
 
     def _finish_work(self, member: _Member) -> None:
         member.has_worked = True
@@ -363,6 +368,8 @@ class _Exchange:
     def _end(self, member: _Member, outcome: str) -> None:
         """End a device's part; its reply waits for the barrier."""
         trip = member.trip
+        if member.is_over:
+            return
         member.is_over = True
         trip.finished = self._env.now
         self._n_busy -= 1
@@ -394,6 +401,7 @@ class _Exchange:
     def _post(self, trip: Trip, source: int, destination: int, size: int, content: Any) -> None:
         owner = self._owner
         owner.hooks.post(size)
+        owner.compute.count_bytes(source, sent=size)
         self._under_way.add((source, destination))
         transfer = owner.network.transfer(source, destination, size)
         owner.transfers[transfer] = None
@@ -415,6 +423,7 @@ class _Exchange:
         self._owner.hooks.observe(trip, "peer", delivery)
         receiver = self.members.get(destination)
         if delivery.outcome == "delivered":
+            self._owner.compute.count_bytes(destination, received=delivery.size_bytes)
             if receiver is not None:
                 self._take(receiver, source, delivery.size_bytes, content)
             elif self.manner.barrier == "local":
@@ -424,7 +433,11 @@ class _Exchange:
         self._pass_barrier()
 
     def _take(self, member: _Member, sender: int, size_bytes: int, content: Any) -> None:
-        if not (member.has_gathered or member.is_over):
+        """Count a payload as received, if its receiver has not gone on without it."""
+        manner = self.manner
+        is_mixed_last = manner.barrier == "global" and manner.when != "before"
+        is_waiting = is_mixed_last or not (member.has_gathered or member.is_over)
+        if is_waiting and member.trip.outcome == "pending":
             member.trip.payloads[sender] = content
             member.trip.bytes_down += size_bytes
 

@@ -220,12 +220,13 @@ class Absent:
         return time < self.leaves.get(device, math.inf)
 
     def next_change(self, device, time):
-        return math.inf
+        leaves = self.leaves.get(device, math.inf)
+        return leaves if time < leaves else math.inf
 
 
 @pytest.mark.parametrize("barrier", ["global", "local"])
-@pytest.mark.parametrize("leaves", [0.0, 1.9])
-def test_a_device_that_is_offline_gives_no_reply_and_is_not_received(barrier, leaves):
+@pytest.mark.parametrize(("leaves", "outcome"), [(0.0, "offline"), (1.9, "failed-device")])
+def test_a_device_that_is_offline_gives_no_reply_and_is_not_received(barrier, leaves, outcome):
     world = neighbour_world(**RING, timetable=Absent({1: leaves}))
     found = run_exchange(world, barrier=barrier)
     assert sorted(found) == [0, 2, 3]
@@ -233,7 +234,17 @@ def test_a_device_that_is_offline_gives_no_reply_and_is_not_received(barrier, le
     assert listed(found[0][1], "neighbours") == [1, 3]
     traffic = world.grid.take_traffic()
     assert (traffic.messages_sent, traffic.messages_lost) == (6, 2)
-    assert world.grid.trips[1].outcome == "offline"
+    assert world.grid.trips[1].outcome == outcome
+
+
+@pytest.mark.parametrize(("when", "heard"), [("after", [[3], [3]]), ("with", [[1, 3], [1, 3]])])
+def test_a_device_that_drops_its_work_is_waited_for_until_then(when, heard):
+    world = neighbour_world(**RING, timetable=Absent({1: 1.9}), on_leave="drop")
+    found = run_exchange(world, when=when)
+    assert sorted(found) == [0, 2, 3]
+    assert received(found)[:2] == heard
+    assert world.grid.trips[1].outcome == "failed-device"
+    assert world.grid.trips[1].finished == pytest.approx(1.9)
 
 
 def test_nobody_linked_means_everybody_alone():
@@ -354,7 +365,7 @@ def test_what_is_sent_is_received_lost_or_late(seed, fanout, barrier, when):
     assert sum(delivery(r)["received_bytes"] for _, r in found.values()) == SIZE * len(got)
     late = len(sent) - len(got) - traffic.messages_lost
     assert late >= 0
-    if barrier == "global" and fanout != "all":
+    if barrier == "global" and when != "before":
         assert late == 0
 
 

@@ -69,6 +69,7 @@ def make_world(
     seed=1,
     link_model=None,
     timetable=None,
+    on_leave="pause",
     executor="vectorised",
     app=None,
     chunk=None,
@@ -87,7 +88,7 @@ def make_world(
 
     trainer = digits_trainer(n_devices, chunk)
     env = simpy.Environment()
-    fleet = DeviceFleet(each(1e3 if speed is None else speed), timetable)
+    fleet = DeviceFleet(each(1e3 if speed is None else speed), timetable, on_leave=on_leave)
     options = {"link_model": link_model, "seed": seed, "message_loss": loss}
     options |= network_options or {}
     if graph is not None:
