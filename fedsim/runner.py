@@ -10,7 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fedsim import registry
-from fedsim.data.datasets import hold_out
-from fedsim.data.federated import FederatedData, federate
-from fedsim.devices import DeviceFleet
+from fedsim.data.datasets import Dataset, hold_out
+from fedsim.data.federated import DeviceData, federate
+from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
@@ -35,6 +35,7 @@ from fedsim.flower.records import array_bytes
 from fedsim.flower.server import initial_arrays, save_arrays, score
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
 from fedsim.learning.config import LocalConfig
+from fedsim.learning.cost import model_cost
 from fedsim.learning.models import build_model
 from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
@@ -187,15 +188,15 @@ def build(
         raise ScenarioError(f"strategies: name one of {', '.join(names)}, not {strategy!r}")
     world = scenario.strategy_world(strategy)
     data = _load_data(_Key(world.data, world.seed), data_dir)
-    if world.evaluation.on == "validation" and data.x_validation is None:
+    if world.evaluation.on == "validation" and getattr(data, "x_validation", None) is None:
         raise ScenarioError(
             "evaluation.on: 'validation' needs data.validation_fraction above 0 "
             f"(it is {world.data.validation_fraction})"
         )
     env = simpy.Environment()
-    fleet = _build_fleet(world)
     network = _build_network(env, world)
     trainer = _build_trainer(world, data, device)
+    fleet = _build_fleet(world, trainer)
     plan = WorkPlan(_local_config(world), data.size, world.seed)
     executor = _build_executor(world, trainer, plan)
     grid = NetworkGrid(
@@ -230,16 +231,19 @@ class _Key:
 
 
 @lru_cache(maxsize=2)
-def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
+def _load_data(key: _Key, data_dir: Path | None) -> DeviceData:
     """Load and split the data once for all strategies of a comparison."""
     data, seed = key.data, key.seed
     dataset = registry.build(
         "dataset",
         data.dataset.spec(),
         test_fraction=data.test_fraction,
+        n_devices=data.devices,
         seed=seed,
         data_dir=data_dir,
     )
+    if not isinstance(dataset, Dataset):  # made for so many devices, nothing is left to split
+        return _made(dataset, data)
     if data.validation_fraction:
         dataset = hold_out(dataset, validation_fraction=data.validation_fraction, seed=seed)
     parts = registry.build(
@@ -250,14 +254,51 @@ def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
         rng=stream(seed, "partition"),
         device_ids=dataset.device_train,
     )
-    return federate(dataset, parts)
+    return federate(
+        dataset,
+        parts,
+        local_test_fraction=data.local_test_fraction,
+        rng=stream(seed, "local-test"),
+    )
 
 
-def _build_fleet(scenario: Scenario) -> DeviceFleet:
-    n_devices, seed = scenario.data.devices, scenario.seed
-    speed = registry.build("speed", scenario.devices.speed.spec())
-    availability = registry.build("availability", scenario.devices.availability.spec())
-    return DeviceFleet(speed.sample(n_devices, seed), availability.start(n_devices, seed))
+def _made(dataset: Any, data: Any) -> DeviceData:
+    """Return data that are born on devices, if the scenario does not ask to split them."""
+    kind = data.dataset.kind
+    if data.partition.kind != "iid":
+        raise ScenarioError(
+            f"data.partition: {kind} is made on the devices; leave the partition out"
+        )
+    for key in ("validation_fraction", "local_test_fraction"):
+        if getattr(data, key):
+            raise ScenarioError(f"data.{key}: {kind} is made on the devices and has none")
+    made: DeviceData = dataset
+    return made
+
+
+def _build_fleet(scenario: Scenario, trainer: Trainer) -> DeviceFleet:
+    devices = scenario.devices
+    needs_flops = "FLOP/s" in devices.speed.model_dump_json() or (
+        devices.energy is not None and devices.energy.per_flop is not None
+    )
+    return make_fleet(
+        scenario.data.devices,
+        scenario.seed,
+        speed=registry.build("speed", devices.speed.spec()),
+        availability=registry.build("availability", devices.availability.spec()),
+        slowdown=registry.build("slowdown", devices.slowdown.spec()),
+        on_leave=devices.on_leave,
+        energy=EnergyCosts(**_given(devices.energy)) if devices.energy else None,
+        flops_per_sample=_flops_per_sample(trainer) if needs_flops else None,
+    )
+
+
+def _flops_per_sample(trainer: Trainer) -> float:
+    """Count the operations of one sample; only where asked, since not every model can be traced."""
+    data = trainer.data
+    is_symbols = str(data.x_test.dtype) == "torch.int64"
+    cost = model_cost(trainer.stack.module, data.input_shape, tokens=is_symbols)
+    return float(cost.training_flops)
 
 
 def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -306,15 +347,26 @@ def _given(section: BaseModel) -> dict[str, Any]:
     return {key: value for key, value in section if value is not None}
 
 
-def _build_trainer(scenario: Scenario, data: FederatedData, device: str) -> Trainer:
+def _build_trainer(scenario: Scenario, data: DeviceData, device: str) -> Trainer:
     factory, arguments = registry.bind("model", scenario.model.spec())
     model = build_model(factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments)
-    chunk = scenario.executor.arguments.get("chunk")
-    return Trainer(model, data, seed=scenario.seed, chunk=chunk, device=device)
+    options = {}
+    if scenario.executor.kind == "vectorised":
+        options = asdict(registry.build("executor", scenario.executor.spec()))
+    return Trainer(
+        model, data, loss=scenario.training.loss, seed=scenario.seed, device=device, **options
+    )
 
 
 def _local_config(scenario: Scenario) -> LocalConfig:
-    return LocalConfig(**_given(scenario.training))
+    given = _given(scenario.training)
+    given.pop("loss", None)
+    given["betas"] = tuple(given["betas"])
+    if isinstance(given.get("local_steps"), list):
+        given["local_steps"] = tuple(given["local_steps"])
+    if "schedule" in given:
+        given["schedule"] = registry.build("schedule", given["schedule"].spec())
+    return LocalConfig(**given)
 
 
 def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Executor:
@@ -646,6 +698,7 @@ def _versions() -> dict[str, str]:
 def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
     first = next(iter(simulations.values()))
     data, layout = first.trainer.data, first.trainer.layout
+    labels = data.label_counts()  # no rows where data are made when they are asked for
     target = scenario.evaluation.target or (scenario.stop.accuracy if scenario.stop else None)
     write_world(
         path,
@@ -663,7 +716,7 @@ def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simul
             parameters=layout.size,
             model_bytes=sum(map(array_bytes, initial_arrays(first.trainer).values())),
             samples=data.size,
-            label_counts=data.label_counts() if data.n_classes else None,
+            label_counts=labels if len(labels) == data.n_devices and data.n_classes else None,
             speed=first.fleet.speed,
             availability=_in_words(scenario.devices.availability.spec()),
             networks=_networks(simulations),

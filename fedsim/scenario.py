@@ -30,7 +30,7 @@ from fedsim import registry
 from fedsim.document import Document, Place, read_document, read_value, write_yaml
 from fedsim.errors import ScenarioError
 from fedsim.registry import Problem
-from fedsim.units import Bandwidth, Duration, Size
+from fedsim.units import Bandwidth, Duration, Energy, Size
 
 __all__ = [
     "ClientAppExecution",
@@ -188,9 +188,16 @@ class VectorisedExecution:
     chunk : int, optional
         Devices trained at once; fewer need less memory. By default as many as fit. Results do not
         depend on it.
+    engine : {"auto", "linear", "vmap", "loop"}
+        Hand-batched products for stacks of linear layers, any module mapped over devices, or one
+        device after the other; `auto` takes the first that serves.
+    precision : {"exact", "tf32", "bfloat16"}
+        Of the arithmetic; weights and results keep their type.
     """
 
     chunk: Annotated[int, Field(ge=1)] | None = None
+    engine: Literal["auto", "linear", "vmap", "loop"] = "auto"
+    precision: Literal["exact", "tf32", "bfloat16"] = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +238,8 @@ class Data(_Section):
     """Share of the samples kept for testing, for data sets without a test set of their own."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training samples kept for validation, on no device."""
+    local_test_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of its samples that a device keeps to test models on (`evaluation.on: devices`)."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
@@ -239,23 +248,34 @@ class Data(_Section):
         return self
 
 
+_Pair = Annotated[list[QuantityT], Field(min_length=2, max_length=2)]
+
+
 class Training(_Section):
     """What a device does with its data in a round, unless the strategy says otherwise."""
 
-    optimizer: Literal["sgd"] = "sgd"
-    """Plain SGD, with `momentum` and the like."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """SGD, with `momentum` and the like; Adam or AdamW, whose moments start at zero every round."""
     learning_rate: float = Field(default=0.1, ge=0)
     """Step size."""
     batch_size: int = Field(default=32, ge=0)
     """Samples a step; 0 means all of the device's samples."""
+    schedule: Spec | None = None
+    """How the learning rate changes with the round: a name or a mapping with `kind`."""
+    loss: str | None = None
+    """The loss; by default what the model was made for."""
     drop_last: bool = False
     """Leave out the last batch of an epoch when it is smaller than the others."""
     local_epochs: int | None = Field(default=None, ge=1)
     """Passes over the device's data in a round; 1 unless `local_steps` is given."""
-    local_steps: int | None = Field(default=None, ge=1)
-    """Steps in a round, instead of `local_epochs`."""
+    local_steps: Annotated[int, Field(ge=1)] | _Pair[int] | None = None
+    """Steps in a round, instead of `local_epochs`; of a pair each device draws from that range."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Heavy-ball momentum; starts at zero in every round."""
+    betas: _Pair[float] = [0.9, 0.999]
+    """Decay rates of Adam's moments."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -279,13 +299,38 @@ class Training(_Section):
         return self
 
 
+class DeviceEnergy(_Section):
+    """What a device spends on work and on messages."""
+
+    per_sample: Energy | None = None
+    """For one training sample; evaluation counts a third."""
+    per_flop: Energy | None = None
+    """For one operation of the model, instead of `per_sample`."""
+    per_byte_sent: Energy = 0.0
+    """For one byte that leaves the device, headers included, lost messages as well."""
+    per_byte_received: Energy = 0.0
+    """For one byte that reaches the device."""
+
+    @model_validator(mode="after")
+    def _check_work(self) -> Self:
+        if self.per_sample is not None and self.per_flop is not None:
+            raise ValueError("give per_sample or per_flop, not both")
+        return self
+
+
 class Devices(_Section):
-    """How fast devices compute and when they are there."""
+    """How fast devices compute, when they are there, and what they spend."""
 
     speed: Spec = Spec(kind="constant", value="500 samples/s")  # type: ignore[call-arg]
-    """Training samples per second of each device."""
+    """Training samples or operations per second of each device."""
+    slowdown: Spec = Spec(kind="none")
+    """When devices are slower than that."""
     availability: Spec = Spec(kind="always")
     """When each device can be reached."""
+    on_leave: Literal["pause", "drop"] = "pause"
+    """What becomes of the work of a device that goes away: it waits, or is lost."""
+    energy: DeviceEnergy | None = None
+    """What work and messages cost a device; none: not counted."""
 
 
 class Topology(Spec):
@@ -504,7 +549,9 @@ _PARTS: Mapping[tuple[str, ...], str] = {
     ("data", "dataset"): "dataset",
     ("data", "partition"): "partition",
     ("model",): "model",
+    ("training", "schedule"): "schedule",
     ("devices", "speed"): "speed",
+    ("devices", "slowdown"): "slowdown",
     ("devices", "availability"): "availability",
     ("topology",): "topology",
     ("links",): "link",
@@ -549,6 +596,8 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         if not isinstance(holder, dict):
             continue
         spec = holder.get(path[-1], _default(path))
+        if spec is None:
+            continue
         own = _topology_keys(spec) if kind == "topology" else {}
         rest = {k: v for k, v in spec.items() if k not in own} if own else spec
         beside = Topology.model_fields if kind == "topology" else ()
@@ -558,12 +607,12 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     return filled, problems
 
 
-def _default(path: Place) -> dict[str, Any]:
+def _default(path: Place) -> dict[str, Any] | None:
     section: Any = Scenario
     for key in path[:-1]:
         section = section.model_fields[str(key)].annotation
-    default: Spec = section.model_fields[path[-1]].default
-    return default.spec()
+    default: Spec | None = section.model_fields[path[-1]].default
+    return None if default is None else default.spec()
 
 
 def _topology_keys(spec: Any) -> dict[str, Any]:
@@ -877,7 +926,7 @@ def _override(document: Document, override: str) -> None:
         if isinstance(inside, str) and (path in _PARTS or path[:-1] == ("strategies",)):
             inside = {"kind": inside}
         if inside is None:
-            inside = _default(path) if path in _PARTS else {}
+            inside = (_default(path) or {}) if path in _PARTS else {}
             document.origin[path] = option
         if not isinstance(inside, dict):
             where = ".".join(map(str, path))
@@ -923,7 +972,10 @@ def json_schema() -> dict[str, Any]:
     for path, kind in _PARTS.items():
         holder = schema if len(path) == 1 else definitions[path[0].capitalize()]
         described = holder["properties"][path[-1]].get("description", "")
-        holder["properties"][path[-1]] = {"$ref": f"#/$defs/{kind}", "description": described}
+        part: dict[str, Any] = {"$ref": f"#/$defs/{kind}"}
+        if _default(path) is None:
+            part = {"anyOf": [part, {"type": "null"}]}
+        holder["properties"][path[-1]] = part | {"description": described}
     schema["properties"]["strategies"] |= {
         "minProperties": 1,
         "propertyNames": {"pattern": f"^{_STRATEGY_NAME.pattern}$"},

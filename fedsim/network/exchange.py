@@ -24,8 +24,15 @@ class Compute(Protocol):
     def is_available(self, device: int, time: float) -> bool:
         """Return whether the device is there at `time`."""
 
-    def occupy(self, device: int, time: float, samples: float) -> tuple[float, float]:
-        """Queue work behind what the device does already; return its start and end (s)."""
+    def occupy(self, device: int, time: float, samples: float) -> tuple[float, float, bool]:
+        """Queue work behind what the device does already.
+
+        Returns when it begins (NaN: never) and ends (s), and whether it is done then; else the
+        device has gone away and dropped it.
+        """
+
+    def count_bytes(self, device: int, *, sent: int = 0, received: int = 0) -> None:
+        """Count what a device has sent or received, headers included."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,10 +51,12 @@ class Trip:
         Payloads; `bytes_up` is known when the work is done.
     pushed, received, started, computed, finished : float
         Virtual seconds: handed over by the server, at the device, work begins, work done, reply at
-        the server (or the moment the trip failed). NaN until they happen.
+        the server (or the moment the trip failed). NaN until they happen; `started` and `computed`
+        are known, and set, as soon as the device has the instruction.
     outcome : str
         ``pending``, ``ok``, ``error`` (the app failed), ``offline``, ``lost-down``, ``lost-up``,
-        ``failed-down``, ``failed-up`` (a link broke) or ``expired`` (the reply outlived its TTL).
+        ``failed-down``, ``failed-up`` (a link broke), ``failed-device`` (the device went away and
+        dropped the work) or ``expired`` (the reply outlived its TTL).
     """
 
     message_id: str
@@ -131,11 +140,17 @@ def serve(
         if not compute.is_available(trip.device, env.now):
             end("offline")
             return
-        trip.started, trip.computed = compute.occupy(trip.device, env.now, trip.samples)
-        _at(env, trip.computed, reply)
+        compute.count_bytes(trip.device, received=trip.bytes_down)
+        trip.started, ended, is_done = compute.occupy(trip.device, env.now, trip.samples)
+        if is_done:
+            trip.computed = ended
+            _at(env, ended, reply)
+        else:
+            _at(env, ended, lambda _: end("failed-device"))
 
     def reply(_: simpy.Event) -> None:
         trip.bytes_up = reply_bytes(trip)
+        compute.count_bytes(trip.device, sent=trip.bytes_up)
         upload = network.transfer(trip.device, server, trip.bytes_up)
         _then(upload, arrive)
 

@@ -88,8 +88,8 @@ model: {kind: mlp, hidden: [64, 32]}
 training: {learning_rate: 1e-2, batch_size: 0, local_steps: 5, momentum: 0.9, nesterov: true,
   weight_decay: 1e-4, clip_norm: 10, drop_last: true}
 devices:
-  speed: {kind: class, speeds: {phone: 200 samples/s, hub: 2 ksamples/s},
-    shares: {phone: 0.75, hub: 0.25}}
+  speed: {kind: classes, classes: {phone: {share: 0.75, speed: 200 samples/s},
+    hub: {share: 0.25, speed: 2 ksamples/s, sigma: 0.3}}}
   availability: {kind: on_off, mean_on: 10 min, mean_off: 90 s}
 topology:
   kind: star
