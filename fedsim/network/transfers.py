@@ -81,6 +81,34 @@ class Transfer(simpy.Event):
     is_over : bool
     """
 
+    __slots__ = (
+        "attempts",
+        "bits_left",
+        "cap_bps",
+        "consumption",
+        "destination",
+        "drop_draw",
+        "first_byte",
+        "flow",
+        "is_over",
+        "is_waiting",
+        "latency",
+        "log_survival",
+        "loss",
+        "network",
+        "next_growth",
+        "rate_cap",
+        "route",
+        "size_bytes",
+        "source",
+        "stalled_since",
+        "started",
+        "version",
+        "weight",
+        "will_be_lost",
+        "wire_bits",
+    )
+
     def __init__(
         self,
         network: "Network",
