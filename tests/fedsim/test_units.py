@@ -170,5 +170,5 @@ def test_a_computing_speed_keeps_its_unit(text):
 
 @pytest.mark.parametrize("text", ["0 samples/s", "0", "-1 samples/s", "5", "5 s", "0 FLOP/s"])
 def test_a_computing_speed_of_nothing_is_refused(text):
-    with pytest.raises(ValueError, match="above 0|negative|no unit|belongs to"):
+    with pytest.raises(ValueError, match=r"above 0|negative|no unit|belongs to"):
         units.parse_compute_speed(text)
