@@ -99,6 +99,7 @@ class DeviceFleet:
         self._is_steady = timetable is None and traces is None and slowdown is None
         self._busy_until = np.zeros(len(speed))
         self._everybody = np.arange(len(speed))
+        self._seen = math.nan, self._everybody  # time, who was there
 
     def __len__(self) -> int:
         return len(self.speed)
@@ -113,8 +114,10 @@ class DeviceFleet:
         """Return the devices that are there at `time` (s), ascending."""
         if self.timetable is None:
             return self._everybody
-        is_on = self.timetable.is_on(self._everybody, time)
-        return np.flatnonzero(np.broadcast_to(is_on, len(self)))
+        if time != self._seen[0]:  # strategies ask several times in a round
+            is_on = self.timetable.is_on(self._everybody, time)
+            self._seen = time, np.flatnonzero(np.broadcast_to(is_on, len(self)))
+        return self._seen[1]
 
     def next_change(self, time: float) -> float:
         """Return when a device next comes or goes after `time` (s); inf if none ever does."""
@@ -167,14 +170,14 @@ class DeviceFleet:
     def _factor(self, device: int, time: float) -> tuple[float, float]:
         """Return the factor on the speed at `time`, besides the trace, and until when it holds."""
         factor, until = 1.0, math.inf
+        if self.timetable is not None and self._on_leave == "pause":
+            until = float(self.timetable.next_change(device, time))
+            if not self.timetable.is_on(device, time):
+                return 0.0, until
         if self._slowdown is not None:
-            until = float(self._slowdown.is_slow.next_change(device, time))
+            until = min(until, float(self._slowdown.is_slow.next_change(device, time)))
             if self._slowdown.is_slow.is_on(device, time):
                 factor = self._slowdown.factor
-        if self.timetable is not None and self._on_leave == "pause":
-            until = min(until, float(self.timetable.next_change(device, time)))
-            if not self.timetable.is_on(device, time):
-                factor = 0.0
         return factor, until
 
     def _reach(self, device: int, start: float, work: float) -> float:

@@ -162,6 +162,7 @@ class CyclicTimetable:
         if self._repeats:
             phase = self._phase[ids]
             n_cycles = np.floor((time + phase) / self._period)
+            n_cycles -= ((n_cycles - 1) * self._period + self._period) - phase > time
             n_cycles += (n_cycles * self._period + self._period) - phase <= time
         cycle = self._cycle[ids]
         low, high = self._first[cycle], self._first[cycle + 1]
