@@ -14,7 +14,8 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import simpy
@@ -22,7 +23,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 
 from fedsim.devices import DeviceFleet
-from fedsim.errors import NetworkError, NoNodesError, ScenarioError
+from fedsim.errors import NetworkError, NoNodesError, PayloadError, ScenarioError
 from fedsim.flower import compat
 from fedsim.flower.instructions import (
     NODE_BASE,
@@ -82,6 +83,8 @@ class Traffic:
         Messages released on the network, and those that did not arrive.
     error_replies : int
         Replies in which a device's app reported an error.
+    first_error : str
+        What the first of them says, and which device it is from.
     selected, replied : set of int
         Devices that were sent a train instruction, and whose train reply was handed over.
     train, evaluate : list of (device, metrics)
@@ -94,6 +97,7 @@ class Traffic:
     messages_sent: int = 0
     messages_lost: int = 0
     error_replies: int = 0
+    first_error: str = ""
     selected: set[int] = field(default_factory=set)
     replied: set[int] = field(default_factory=set)
     train: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
@@ -111,9 +115,12 @@ class _Flight:
     known_bytes: int | None  # of its payload, where nothing need be computed to know it
     reply: Message | None = None  # computed, whether or not it has arrived
     sender: "weakref.ref[Message] | None" = None
+    is_expired: bool = False
 
     @property
     def is_ready(self) -> bool:
+        if self.is_expired:
+            return self.reply is not None
         return self.trip.has_arrived or (self.trip.is_lost and self.reply is not None)
 
     @property
@@ -222,7 +229,7 @@ class NetworkGrid(Grid):
         self._flights: dict[str, _Flight] = {}
         self._uncomputed: dict[str, _Flight] = {}
         self._lost: set[str] = set()
-        self._forgotten: dict[str, int] = {}  # reply sizes of trips that nobody waits for
+        self._given_up: dict[str, _Flight] = {}  # still under way, but nobody can ask any more
         self._waiting: set[str] = set()  # ids somebody waits for now
         self._was_hopeless = False
         self._traffic = Traffic()
@@ -268,6 +275,8 @@ class NetworkGrid(Grid):
             If a message travels by way of the server and the topology has none.
         """
         batch = list(messages)
+        if len({id(message) for message in batch}) < len(batch):
+            raise PayloadError("the same Message is twice in one push; build one for each node")
         cargoes: dict[int, _Cargo] = {}
         for message in batch:
             check_node(message.metadata.dst_node_id, len(self.fleet))
@@ -518,8 +527,8 @@ class NetworkGrid(Grid):
     def _weigh(self, trip: Trip) -> int | None:
         """Return what a trip's payload weighs, now that it sets off; None if its work failed."""
         flight = self._flights.get(trip.message_id)
-        if flight is None:  # abandoned, and nobody kept the instruction
-            return self._forgotten.pop(trip.message_id) + self._header_bytes
+        if flight is None:  # given up, and nobody kept the instruction
+            flight = self._given_up[trip.message_id]
         if flight.known_bytes is not None:
             return flight.known_bytes + self._header_bytes
         if flight.reply is None:
@@ -549,29 +558,41 @@ class NetworkGrid(Grid):
 
     def _arrive(self, trip: Trip) -> None:
         """Note that the reply is here, or can no longer come."""
-        self._forgotten.pop(trip.message_id, None)
+        given_up = self._given_up.pop(trip.message_id, None)
         flight = self._flights.get(trip.message_id)
         is_between = trip.exchange == "neighbours"
         if self.recorder is not None and is_between and not math.isnan(trip.computed):
             self._record_work(trip)
         if trip.is_lost:
             self._traffic.messages_lost += not is_between
-        elif flight is not None and self.env.now > flight.expires:
+        elif any(f is not None and self.env.now > f.expires for f in (flight, given_up)):
             trip.outcome = "expired"
         if trip.is_lost:
             self._lost.add(trip.message_id)
-            self._uncomputed.pop(trip.message_id, None)
-            if flight is not None:
+            if flight is not None and not flight.is_expired:
                 self._lose(flight)
+        if trip.is_lost or given_up is not None:
+            self._uncomputed.pop(trip.message_id, None)
         self._waiting.discard(trip.message_id)
 
     def _lose(self, flight: _Flight) -> None:
         if self._loss_reply == "missing" or flight.message is None:
             del self._flights[flight.trip.message_id]
             return
-        is_offline = flight.trip.outcome == "offline"
-        code = compat.NODE_UNAVAILABLE if is_offline else compat.MESSAGE_UNAVAILABLE
-        flight.reply = Message(Error(code, flight.trip.outcome), reply_to=flight.message)
+        reason = "expired" if flight.is_expired else flight.trip.outcome
+        code = compat.NODE_UNAVAILABLE if reason == "offline" else compat.MESSAGE_UNAVAILABLE
+        flight.reply = Message(Error(code, reason), reply_to=flight.message)
+
+    def _expire(self) -> None:
+        """Give up the instructions waited for whose time to live is over."""
+        for message_id in sorted(self._waiting, key=int):
+            flight = self._flights[message_id]
+            if flight.expires <= self.env.now:
+                flight.is_expired = True
+                self._lost.add(message_id)
+                self._waiting.discard(message_id)
+                self._given_up[message_id] = replace(flight)  # it is still under way
+                self._lose(flight)
 
     def _abandon(self, flight: _Flight) -> None:
         """Keep a late instruction only for as long as its sender does.
@@ -581,16 +602,18 @@ class NetworkGrid(Grid):
         """
         message, message_id = flight.message, flight.trip.message_id
         is_local = flight.exchange.manner.barrier == "local"  # others may hold its payload
-        if message is None or flight.known_bytes is None or self._executor.is_stateful or is_local:
+        if message is None or is_local or flight.is_expired:
             return
-        self._uncomputed.pop(message_id, None)
 
         def forget(_: object) -> None:
             if self._flights.pop(message_id, None) and flight.trip.outcome == "pending":
-                self._forgotten[message_id] = flight.known_bytes or 0
+                self._given_up[message_id] = flight
 
         flight.sender = weakref.ref(message, forget)
-        flight.message = None
+        flight.message = copy(message)
+        if flight.known_bytes is not None and not self._executor.is_stateful:
+            self._uncomputed.pop(message_id, None)
+            flight.message = None
 
     # --- computing and handing over -----------------------------------------------------------
 
@@ -631,6 +654,7 @@ class NetworkGrid(Grid):
                 errors.append(f"device {flight.trip.device}: {flight.reply.error.reason}")
         if errors:
             self._traffic.error_replies += len(errors)
+            self._traffic.first_error = self._traffic.first_error or errors[0]
             _log.warning("%d of %d are error replies; %s", len(errors), len(replies), errors[0])
         return replies
 
@@ -685,7 +709,14 @@ class NetworkGrid(Grid):
         enough = len(open_ids) - needed
         env = self.env
         self._neighbours.settle()
-        while len(self._waiting) > enough and (time := env.peek()) <= deadline:
+        expiry = self._next_expiry()
+        while len(self._waiting) > enough and min(time := env.peek(), expiry) <= deadline:
+            if time > expiry:
+                if env.now < expiry:
+                    env.run(until=expiry)
+                self._expire()
+                expiry = self._next_expiry()
+                continue
             if math.isinf(time) and self._neighbours.give_up():
                 continue
             if math.isinf(time):
@@ -697,6 +728,9 @@ class NetworkGrid(Grid):
             env.step()
         if len(self._waiting) > enough and env.now < deadline:
             env.run(until=deadline)
+
+    def _next_expiry(self) -> float:
+        return min((self._flights[i].expires for i in self._waiting), default=math.inf)
 
 
 def _is_train(message: Message) -> bool:
