@@ -529,6 +529,36 @@ def verify(
 
 
 @app.command()
+def data(
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
+    ] = None,
+) -> None:
+    """Show which data files are present, where, and whether their content is the known one.
+
+    Files are looked for below --data-dir, else below FEDSIM_DATA, else below ./data.
+
+    [bold]Example[/bold]
+
+    fedsim data --data-dir ~/datasets
+    """
+    from fedsim.data.files import present_files
+    from fedsim.report.tables import format_bytes
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("data set", "part", "file", "size", "checksum"):
+        table.add_column(heading, justify="right" if heading == "size" else "left")
+    for found in present_files(data_dir):
+        if found.path is None:
+            table.add_row(found.file.dataset, found.file.part, f"no {found.file.names[0]}", "", "")
+            continue
+        verdict = {True: "known", False: "DIFFERENT", None: str(found.sha256)[:12]}[found.is_known]
+        size = format_bytes(found.size_bytes)
+        table.add_row(found.file.dataset, found.file.part, str(found.path), size, verdict)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of scenario files, for editors.
 
