@@ -144,7 +144,8 @@ class DeviceFleet:
             job = Job(start, start + work, True)
         else:
             job = self._work_off(device, start, work)
-            if self._on_leave == "drop" and (leaves := self._leaves(device, time)) < job.ended:
+            leaves = self._leaves(device, time) if self._on_leave == "drop" else math.inf
+            if start >= leaves or job.ended > leaves:
                 job = Job(start if start < leaves else math.nan, leaves, False)
         self._busy_until[device] = job.ended
         if self._meter is not None:

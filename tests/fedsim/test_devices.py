@@ -36,6 +36,8 @@ from fedsim.devices.timetables import _mix, toggles_of
 from fedsim.errors import ScenarioError
 from fedsim.network import star_network
 from fedsim.network.exchange import Trip, serve
+from fedsim.runner import build
+from fedsim.scenario import load_scenario
 from fedsim.streams import mix64
 from fedsim.units import ComputeRate
 
@@ -771,3 +773,35 @@ def test_dropped_work_costs_what_was_done_of_it():
     fleet.occupy(0, 1.5, 1e4)
     assert fleet.energy(3.9).sum() == 0
     assert fleet.energy(4.0)[0] == pytest.approx(250.0)
+
+
+# --- scenarios ----------------------------------------------------------------------------------
+
+SCENARIO = """\
+rounds: 3
+data: {dataset: digits, devices: 8}
+model: softmax
+devices:
+  speed: {kind: constant, value: 400 kFLOP/s}
+  slowdown: {kind: scheduled, factor: 0.5, periods: [[0 s, 1 min]]}
+  availability: {kind: on_off, mean_on: 20 s, mean_off: 10 s}
+  on_leave: drop
+  energy: {per_flop: 1 nJ, per_byte_sent: 2 uJ}
+topology: {kind: star, bandwidth: 1 Mbit/s}
+round_timeout: 1 min
+strategies: {linear: {kind: fedavg, min_available_nodes: 2, min_train_nodes: 2}}
+"""
+
+
+def test_a_scenario_says_all_of_a_fleet(tmp_path):
+    simulation = build(load_scenario(written(tmp_path / "a.yaml", SCENARIO)))
+    flops = 3 * 2 * 64 * 10  # forward and backward of a 64 × 10 matrix
+    assert simulation.fleet.speed == pytest.approx(np.full(8, 400e3 / flops))
+    simulation.grid.trips = trips = []
+    simulation.run()
+    assert {trip.outcome for trip in trips} >= {"ok", "failed-device"}
+    slow = next(trip for trip in trips if trip.outcome == "ok" and trip.computed < 60)
+    assert slow.computed - slow.started == pytest.approx(slow.samples / 0.5 / (400e3 / flops))
+    work = sum(trip.samples for trip in trips if trip.outcome == "ok") * flops * 1e-9
+    sent = sum(trip.bytes_up for trip in trips) * 2e-6
+    assert simulation.fleet.energy(simulation.env.now).sum() >= work + sent - 1e-9
