@@ -564,7 +564,7 @@ class NetworkGrid(Grid):
         if self.recorder is not None and is_between and not math.isnan(trip.computed):
             self._record_work(trip)
         if trip.is_lost:
-            self._traffic.messages_lost += not is_between
+            self._traffic.messages_lost += not is_between and trip.outcome != "failed-device"
         elif any(f is not None and self.env.now > f.expires for f in (flight, given_up)):
             trip.outcome = "expired"
         if trip.is_lost:
@@ -580,7 +580,8 @@ class NetworkGrid(Grid):
             del self._flights[flight.trip.message_id]
             return
         reason = "expired" if flight.is_expired else flight.trip.outcome
-        code = compat.NODE_UNAVAILABLE if reason == "offline" else compat.MESSAGE_UNAVAILABLE
+        is_gone = reason in ("offline", "failed-device")
+        code = compat.NODE_UNAVAILABLE if is_gone else compat.MESSAGE_UNAVAILABLE
         flight.reply = Message(Error(code, reason), reply_to=flight.message)
 
     def _expire(self) -> None:
@@ -621,7 +622,7 @@ class NetworkGrid(Grid):
         """Compute all instructions under way in one call."""
         flights = [*self._uncomputed.values(), *also]
         if self._executor.is_stateful:
-            flights = [flight for flight in flights if not math.isnan(flight.trip.received)]
+            flights = [flight for flight in flights if not math.isnan(flight.trip.computed)]
             flights.sort(key=lambda flight: flight.trip.received)
         messages = [flight.message for flight in flights if flight.message is not None]
         for flight, reply in zip(flights, self._executor(messages), strict=True):

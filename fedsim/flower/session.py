@@ -22,7 +22,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fedsim.errors import NoNodesError
+from fedsim.errors import NoNodesError, PayloadError
 from fedsim.flower import compat
 from fedsim.flower.grid import NetworkGrid, Traffic
 from fedsim.recorder import RoundRow
@@ -120,9 +120,9 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
     def sleep(seconds: float) -> None:
         nonlocal waits
         waits += 1
-        if waits > 10_000:
+        if waits > 2_000:
             raise NoNodesError(
-                "the strategy has waited 10,000 times for devices to come online: its minimum of "
+                "the strategy has waited 2,000 times for devices to come online: its minimum of "
                 "available nodes is never met at one time"
             )
         grid.wait_for_nodes(seconds)
@@ -292,7 +292,8 @@ class _Books:
         self._stop = stop
         self._was_called = False  # evaluate_fn, by the strategy's start
         self._has_batch = False  # a train batch since the last line
-        self._limit = _DIVERGED_FACTOR
+        self._limit = math.inf  # without an initial score, only what is not finite is divergence
+        self._energy = 0.0
         self._bytes = 0
         self._wall = time.perf_counter()
         self.outcome = Outcome(initial)
@@ -330,6 +331,10 @@ class _Books:
         extra: Mapping[str, float] | None = None,
     ) -> None:
         traffic = self._grid.take_traffic()
+        if self.outcome.rounds == 0 and traffic.error_replies and not traffic.replied:
+            raise PayloadError(
+                f"every device's reply was an error; the first: {traffic.first_error}"
+            )
         self._has_batch = False
         self._bytes += traffic.bytes_down + traffic.bytes_up + traffic.bytes_peer
         if self._scorers.evaluate is None:
@@ -352,7 +357,7 @@ class _Books:
             messages_lost=traffic.messages_lost,
             devices_selected=len(traffic.selected),
             devices_replied=len(traffic.replied),
-            extra=extra or {},
+            extra={**(extra or {}), **self._own_figures(traffic)},
         )
         self._record(row)
         self.outcome.rounds += 1
@@ -361,16 +366,28 @@ class _Books:
         if self.outcome.diverged or self.outcome.stopped_by:
             raise _Stop
 
+    def _own_figures(self, traffic: Traffic) -> dict[str, float]:
+        """Return what only some runs have: error replies, and energy where it is counted."""
+        figures: dict[str, float] = {}
+        if traffic.error_replies:
+            figures["error_replies"] = traffic.error_replies
+        energy = self._grid.fleet.energy(self._grid.now)
+        if energy is not None:
+            total = float(energy.sum())
+            figures["energy_joules"], self._energy = total - self._energy, total
+        return figures
+
     def _check_divergence(
         self, losses: Sequence[float | None], traffic: Traffic, arrays: ArrayRecord | None
     ) -> None:
-        bad = [x for x in losses if x is not None and not x <= self._limit]
+        bad = [x for x in losses if x is not None and not (math.isfinite(x) and x <= self._limit)]
         if bad:
             self.outcome.diverged = f"the loss is {bad[0]:.3g}"
         elif arrays is not None and not _is_finite(arrays):
             self.outcome.diverged = "the model has parameters that are not finite"
         if self.outcome.diverged:
-            blamed = (d for d, m in traffic.train if not m.get("train_loss", 0.0) <= self._limit)
+            noted = ((device, m.get("train_loss", 0.0)) for device, m in traffic.train)
+            blamed = (d for d, x in noted if not (math.isfinite(x) and x <= self._limit))
             self.outcome.diverged_device = next(blamed, None)
 
     def _stop_reason(self, row: RoundRow) -> str | None:
