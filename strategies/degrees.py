@@ -65,8 +65,7 @@ class Adaptation:
             check_degree(degree)
         if not self.clip > 0:
             raise ValueError(f"clip = {self.clip}: must be above 0")
-        if not 1 < self.start < max(2.0, *self.candidates):
-            raise ValueError(f"start = {self.start}: must be between 1 and the greatest candidate")
+        check_degree(self.start)
 
 
 def new_hypernetworks(nodes: Sequence[int], n_parts: int, how: Adaptation) -> Parameters:
@@ -104,7 +103,12 @@ def hypernetwork_degrees(parameters: Parameters, n_parts: int, how: Adaptation) 
 
 def new_direct(nodes: Sequence[int], n_parts: int, how: Adaptation) -> Parameters:
     """Return what `direct_degrees` maps to the degree `start` for every device and part."""
-    share = (how.start - 1) / (max(how.candidates) - 1)
+    greatest = max(how.candidates)
+    if not 1 < how.start < greatest:
+        raise ValueError(
+            f"start = {how.start}: must be between 1 and {greatest}, the greatest candidate"
+        )
+    share = (how.start - 1) / (greatest - 1)
     return {"degree": torch.full((len(nodes), n_parts), math.log(share / (1 - share)))}
 
 

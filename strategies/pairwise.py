@@ -148,9 +148,11 @@ class ADPSGD(PeerStrategy):
             for reply in self._valid(replies):
                 self._finish(reply)
                 done.append(reply)
-                if len(done) >= len(self.nodes) and self.round < num_rounds:
+                if len(done) >= len(self.nodes):
                     self._close(done, result, evaluate_fn)
                     done = []
+                if self.round == num_rounds:
+                    break
         return result
 
     def _instruction(self, node: int, config: ConfigRecord) -> Message:
