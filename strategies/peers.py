@@ -143,15 +143,14 @@ def laplacian(arrivals: Arrivals) -> FloatArray:
 def mix(weights: FloatArray, rows: Tensor) -> Tensor:
     """Return ``weights @ rows`` for weights whose rows sum to 1.
 
-    Computed on the differences from the first row, so that equal rows come back unchanged, to the
-    bit.
+    Where all rows are equal they come back unchanged, to the bit.
 
     Parameters
     ----------
     weights : ndarray, shape (n, n)
     rows : Tensor, shape (n, p)
     """
-    return rows[:1] + matrix(weights, rows) @ (rows - rows[:1])
+    return torch.where((rows == rows[:1]).all(0), rows[:1], matrix(weights, rows) @ rows)
 
 
 def matrix(weights: FloatArray, like: Tensor) -> Tensor:
