@@ -67,13 +67,19 @@ IMPORT_STRING = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "strategy": {
+            "ad_psgd": "strategies.pairwise:ADPSGD",
+            "adom": "strategies.accelerated:ADOM",
             "bulyan": "strategies.linear:Bulyan",
+            "choco_sgd": "strategies.choco:ChocoSGD",
+            "d2": "strategies.tracking:D2",
             "dp_client_adaptive": "flwr.serverapp.strategy:"
             "DifferentialPrivacyClientSideAdaptiveClipping",
             "dp_client_fixed": "flwr.serverapp.strategy:DifferentialPrivacyClientSideFixedClipping",
             "dp_server_adaptive": "flwr.serverapp.strategy:"
             "DifferentialPrivacyServerSideAdaptiveClipping",
             "dp_server_fixed": "flwr.serverapp.strategy:DifferentialPrivacyServerSideFixedClipping",
+            "dsgt": "strategies.tracking:DSGT",
+            "extra": "strategies.tracking:EXTRA",
             "fedadagrad": "strategies.linear:FedAdagrad",
             "fedadam": "strategies.linear:FedAdam",
             "fedavg": "strategies.linear:FedAvg",
@@ -82,9 +88,15 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "fedprox": "strategies.linear:FedProx",
             "fedtrimmedavg": "strategies.linear:FedTrimmedAvg",
             "fedyogi": "strategies.linear:FedYogi",
+            "gossip": "strategies.gossip:DPSGD",
+            "hyperprism": "strategies.hyperprism:HyperPrism",
             "krum": "strategies.linear:Krum",
+            "mudag": "strategies.accelerated:Mudag",
             "multikrum": "strategies.linear:MultiKrum",
+            "push_diging": "strategies.push_sum:PushDIGing",
             "qfedavg": "strategies.linear:QFedAvg",
+            "sgp": "strategies.push_sum:SGP",
+            "swarm_sgd": "strategies.pairwise:SwarmSGD",
         },
         "topology": {
             "barabasi_albert": "topologies.random_graphs:barabasi_albert",

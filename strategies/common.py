@@ -1,11 +1,73 @@
-"""What several strategies share: the replies of a round as one stack of rows."""
+"""What several strategies share: models of many devices as rows of stacked tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message
+from numpy.typing import NDArray
 
-__all__ = ["mean_of", "record_of", "stack_of"]
+__all__ = ["RowArray", "mean_of", "record_of", "row_records", "stack_of"]
+
+
+class RowArray(Array):
+    """A Flower `Array` that is one row of a stacked tensor, serialised only if bytes are read.
+
+    Parameters
+    ----------
+    stack : Tensor, shape (n_devices, *shape)
+        Not to be written to afterwards.
+    row : int
+    """
+
+    stack: torch.Tensor
+    row: int
+
+    def __init__(self, stack: torch.Tensor, row: int) -> None:
+        self.__dict__.update(  # past Array.__setattr__, whose bookkeeping needs `data`
+            stack=stack,
+            row=row,
+            dtype=str(stack.dtype).removeprefix("torch."),
+            shape=tuple(stack.shape[1:]),
+            stype="numpy.ndarray",
+        )
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a private copy of the values."""
+        return np.array(self.stack[self.row].detach().cpu().numpy())
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The `.npy` bytes."""
+        return self._plain().data
+
+    def deflate(self) -> bytes:
+        """Return what a plain `Array` of these values deflates to: real grids know only that."""
+        return self._plain().deflate()
+
+    def _plain(self) -> Array:
+        return Array(self.numpy())
+
+    def __copy__(self) -> "RowArray":
+        return RowArray(self.stack, self.row)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Array:
+        return self._plain()
+
+    def __reduce__(self) -> tuple[type[Array], tuple[NDArray[Any]]]:
+        return Array, (self.numpy(),)
+
+
+def row_records(stacks: Mapping[str, torch.Tensor], rows: Sequence[int]) -> list[ArrayRecord]:
+    """Return one record for each of `rows`, its arrays rows of `stacks` ``(n, *shape)``."""
+    records = []
+    for row in rows:
+        record = ArrayRecord()
+        for key, stack in stacks.items():
+            record[key] = RowArray(stack, row)
+        records.append(record)
+    return records
 
 
 def record_of(reply: Message) -> ArrayRecord:
