@@ -26,7 +26,7 @@ from fedsim.data.datasets import Dataset, hold_out
 from fedsim.data.federated import DeviceData, federate
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
-from fedsim.executors.clientapp import ClientAppExecutor, device_app
+from fedsim.executors.clientapp import ClientAppExecutor, device_app, mods_needed_by
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
@@ -198,7 +198,13 @@ def build(
     trainer = _build_trainer(world, data, device)
     fleet = _build_fleet(world, trainer)
     plan = WorkPlan(_local_config(world), data.size, world.seed)
-    executor = _build_executor(world, trainer, plan)
+    with quiet_flower():
+        made = registry.build("strategy", world.strategies[strategy].spec())
+    try:
+        check_strategy(made, len(fleet))
+    except (NoNodesError, TypeError) as error:
+        raise ScenarioError(f"strategies.{strategy}: {error}") from error
+    executor = _build_executor(world, trainer, plan, made)
     grid = NetworkGrid(
         env,
         network,
@@ -210,12 +216,6 @@ def build(
         accounting=world.network.accounting,
         free_evaluation=world.evaluation.cost == "free",
     )
-    with quiet_flower():
-        made = registry.build("strategy", world.strategies[strategy].spec())
-    try:
-        check_strategy(made, len(fleet))
-    except (NoNodesError, TypeError) as error:
-        raise ScenarioError(f"strategies.{strategy}: {error}") from error
     return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
 
 
@@ -369,12 +369,23 @@ def _local_config(scenario: Scenario) -> LocalConfig:
     return LocalConfig(**given)
 
 
-def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Executor:
-    if scenario.executor.kind == "vectorised":
+def _build_executor(
+    scenario: Scenario, trainer: Trainer, plan: WorkPlan, strategy: object
+) -> Executor:
+    mods = mods_needed_by(strategy)
+    app = None
+    if scenario.executor.kind == "client_app":
+        app = registry.build("executor", scenario.executor.spec()).app
+    elif not mods:
         return VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
-    app = registry.build("executor", scenario.executor.spec()).app
+    else:
+        _log.warning(
+            "%s: clipping happens in a mod on the devices, so they run one at a time "
+            "(executor client_app) instead of vectorised",
+            ", ".join(scenario.strategies),
+        )
     if app is None:
-        app = device_app(trainer, plan)
+        app = device_app(trainer, plan, mods)
     return ClientAppExecutor(app, scenario.data.devices, node_base=NODE_BASE)
 
 

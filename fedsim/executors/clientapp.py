@@ -6,6 +6,12 @@ from copy import copy
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.clientapp.typing import Mod
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+)
 
 from fedsim.executors.vectorised import train_or_evaluate
 from fedsim.flower import compat
@@ -13,7 +19,7 @@ from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.records import private_copy
 from fedsim.learning.trainer import Trainer
 
-__all__ = ["ClientAppExecutor", "device_app"]
+__all__ = ["ClientAppExecutor", "device_app", "mods_needed_by"]
 
 _log = logging.getLogger(__name__)
 
@@ -74,14 +80,38 @@ class ClientAppExecutor:
         return self._contexts[node_id]
 
 
-def device_app(trainer: Trainer, plan: WorkPlan) -> ClientApp:
-    """Return fedsim's own app: the work of the vectorised executor, for one device at a time."""
+def device_app(trainer: Trainer, plan: WorkPlan, mods: Sequence[Mod] = ()) -> ClientApp:
+    """Return fedsim's own app: the work of the vectorised executor, for one device at a time.
+
+    Parameters
+    ----------
+    trainer, plan
+        Who works, and who reads the instructions.
+    mods : sequence of Mod
+        Flower mods around training.
+    """
     app = ClientApp()
 
     def answer(message: Message, context: Context) -> Message:
         device = int(context.node_config["partition-id"])
         return Message(train_or_evaluate(trainer, plan, [message], [device])[0], reply_to=message)
 
-    app.train()(answer)
+    app.train(mods=list(mods))(answer)
     app.evaluate()(answer)
     return app
+
+
+def mods_needed_by(strategy: object) -> list[Mod]:
+    """Return the mods that a strategy, or one that it wraps, expects on the devices.
+
+    Flower's client-side differential privacy leaves the clipping to a mod; without it updates
+    travel unclipped, under noise that is far too small for them.
+    """
+    mods: list[Mod] = []
+    while strategy is not None:
+        if isinstance(strategy, DifferentialPrivacyClientSideFixedClipping):
+            mods.append(fixedclipping_mod)
+        elif isinstance(strategy, DifferentialPrivacyClientSideAdaptiveClipping):
+            mods.append(adaptiveclipping_mod)
+        strategy = getattr(strategy, "strategy", None)
+    return mods
