@@ -26,7 +26,7 @@ from fedsim.data.datasets import Dataset, hold_out
 from fedsim.data.federated import DeviceData, federate
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
-from fedsim.executors.clientapp import ClientAppExecutor, device_app, mods_needed_by
+from fedsim.executors.clientapp import ClientAppExecutor, check_app, device_app, mods_needed_by
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
@@ -146,7 +146,7 @@ class Simulation:
             rounds=scenario.rounds,
             seed=scenario.seed,
             timeout=scenario.round_timeout,
-            train_config=training_config(_local_config(scenario)),
+            train_config=training_config(_local_config(scenario), _sent(scenario)),
             evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
             evaluate_every=scenario.evaluation.every,
             record=record,
@@ -373,9 +373,10 @@ def _build_executor(
     scenario: Scenario, trainer: Trainer, plan: WorkPlan, strategy: object
 ) -> Executor:
     mods = mods_needed_by(strategy)
-    app = None
+    app, run_config = None, dict[str, Any]()
     if scenario.executor.kind == "client_app":
-        app = registry.build("executor", scenario.executor.spec()).app
+        execution = registry.build("executor", scenario.executor.spec())
+        app, run_config = execution.app, execution.run_config or {}
     elif not mods:
         return VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
     else:
@@ -386,7 +387,23 @@ def _build_executor(
         )
     if app is None:
         app = device_app(trainer, plan, mods)
-    return ClientAppExecutor(app, scenario.data.devices, node_base=NODE_BASE)
+    else:
+        check_app(app)
+    defaults = {**training_config(_local_config(scenario)), "num-server-rounds": scenario.rounds}
+    return ClientAppExecutor(
+        app,
+        scenario.data.devices,
+        node_base=NODE_BASE,
+        run_config=defaults | run_config,
+        seed=scenario.seed,
+    )
+
+
+def _sent(scenario: Scenario) -> Mapping[str, bool | int | float | str]:
+    """Return what the user adds to the config of train instructions."""
+    if scenario.executor.kind != "client_app":
+        return {}
+    return registry.build("executor", scenario.executor.spec()).train_config or {}
 
 
 # --- running --------------------------------------------------------------------------------------

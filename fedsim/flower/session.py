@@ -323,9 +323,23 @@ class _Books:
         return None
 
 
+def _scores(metrics: dict[str, float]) -> dict[str, float]:
+    """Return what a device reports, its scores under fedsim's names.
+
+    The loss may be called `eval_loss` or `loss`; the accuracy `eval_accuracy`, `eval_acc` (as in
+    Flower's tutorials) or `accuracy`. The first one present counts.
+    """
+    found = dict(metrics)
+    for name, others in (("eval_loss", ("loss",)), ("eval_accuracy", ("eval_acc", "accuracy"))):
+        for other in others:
+            if other in metrics:
+                found.setdefault(name, metrics[other])
+    return found
+
+
 def _of_devices(traffic: Traffic) -> tuple[Evaluation, float | None]:
     """Return the devices' own scores of the model, and the spread of their accuracies."""
-    noted = traffic.evaluate
+    noted = [(device, _scores(metrics)) for device, metrics in traffic.evaluate]
     accuracies = [metrics["eval_accuracy"] for _, metrics in noted if "eval_accuracy" in metrics]
     scores = Evaluation(_mean(noted, "eval_loss"), _mean(noted, "eval_accuracy"))
     return scores, float(np.std(accuracies)) if accuracies else None
