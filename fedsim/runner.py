@@ -27,7 +27,7 @@ from fedsim.data.datasets import Dataset, hold_out
 from fedsim.data.federated import DeviceData, federate
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
-from fedsim.executors.clientapp import ClientAppExecutor, device_app
+from fedsim.executors.clientapp import ClientAppExecutor, check_app, device_app, mods_needed_by
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
@@ -151,7 +151,7 @@ class Simulation:
             rounds=scenario.rounds,
             seed=scenario.seed,
             timeout=scenario.round_timeout,
-            train_config=training_config(_local_config(scenario)),
+            train_config=training_config(_local_config(scenario), _sent(scenario)),
             evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
             evaluate_models=partial(score_models, self.trainer, on=on),
             evaluate_every=scenario.evaluation.every,
@@ -205,7 +205,13 @@ def build(
     trainer = _build_trainer(world, data, device)
     fleet = _build_fleet(world, trainer)
     plan = WorkPlan(_local_config(world), data.size, world.seed)
-    executor = _build_executor(world, trainer, plan)
+    with quiet_flower():
+        made = registry.build("strategy", world.strategies[strategy].spec())
+    try:
+        check_strategy(made, len(fleet))
+    except (NoNodesError, TypeError) as error:
+        raise ScenarioError(f"strategies.{strategy}: {error}") from error
+    executor = _build_executor(world, trainer, plan, made)
     grid = NetworkGrid(
         env,
         network,
@@ -219,12 +225,6 @@ def build(
         peers=_build_peers(world, graph),
         seed=world.seed,
     )
-    with quiet_flower():
-        made = registry.build("strategy", world.strategies[strategy].spec())
-    try:
-        check_strategy(made, len(fleet))
-    except (NoNodesError, TypeError) as error:
-        raise ScenarioError(f"strategies.{strategy}: {error}") from error
     return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
 
 
@@ -411,13 +411,41 @@ def _local_config(scenario: Scenario) -> LocalConfig:
     return LocalConfig(**given)
 
 
-def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Executor:
-    if scenario.executor.kind == "vectorised":
+def _build_executor(
+    scenario: Scenario, trainer: Trainer, plan: WorkPlan, strategy: object
+) -> Executor:
+    mods = mods_needed_by(strategy)
+    app, run_config = None, dict[str, Any]()
+    if scenario.executor.kind == "client_app":
+        execution = registry.build("executor", scenario.executor.spec())
+        app, run_config = execution.app, execution.run_config or {}
+    elif not mods:
         return VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
-    app = registry.build("executor", scenario.executor.spec()).app
+    else:
+        _log.warning(
+            "%s: clipping happens in a mod on the devices, so they run one at a time "
+            "(executor client_app) instead of vectorised",
+            ", ".join(scenario.strategies),
+        )
     if app is None:
-        app = device_app(trainer, plan)
-    return ClientAppExecutor(app, scenario.data.devices, node_base=NODE_BASE)
+        app = device_app(trainer, plan, mods)
+    else:
+        check_app(app)
+    defaults = {**training_config(_local_config(scenario)), "num-server-rounds": scenario.rounds}
+    return ClientAppExecutor(
+        app,
+        scenario.data.devices,
+        node_base=NODE_BASE,
+        run_config=defaults | run_config,
+        seed=scenario.seed,
+    )
+
+
+def _sent(scenario: Scenario) -> Mapping[str, bool | int | float | str]:
+    """Return what the user adds to the config of train instructions."""
+    if scenario.executor.kind != "client_app":
+        return {}
+    return registry.build("executor", scenario.executor.spec()).train_config or {}
 
 
 # --- running --------------------------------------------------------------------------------------

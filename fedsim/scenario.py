@@ -212,9 +212,18 @@ class ClientAppExecution:
     app : callable, optional
         The `ClientApp`, as "package.module:name". By default fedsim's own, which does the same
         work as `vectorised`, one device at a time.
+    run_config : dict, optional
+        What the app finds in `context.run_config` (int, float, str or bool), beside the local
+        work of `training` (`local-epochs`, `batch-size`, `learning-rate`) and
+        `num-server-rounds`.
+    train_config : dict, optional
+        What the strategy sends with each train instruction beside the local work of `training`
+        (int, float, str or bool).
     """
 
     app: Callable[..., Any] | None = None
+    run_config: dict[str, bool | int | float | str] | None = None
+    train_config: dict[str, bool | int | float | str] | None = None
 
 
 class Stop(_Section):

@@ -1,6 +1,7 @@
 """What an instruction asks of a device: read once, used for its time and for the work itself."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,13 +153,24 @@ def server_round(content: RecordDict) -> int | None:
     return None
 
 
-def training_config(config: LocalConfig) -> ConfigRecord:
-    """Return the local work of a scenario as an app reads it: Flower's keys are kebab-case."""
+def training_config(
+    config: LocalConfig, extra: Mapping[str, bool | int | float | str] | None = None
+) -> ConfigRecord:
+    """Return the local work of a scenario as an app reads it: Flower's keys are kebab-case.
+
+    Parameters
+    ----------
+    config : LocalConfig
+    extra : mapping, optional
+        Further entries; they win.
+    """
     record = ConfigRecord({"learning-rate": config.learning_rate, "batch-size": config.batch_size})
     if config.local_steps is None:
         record["local-epochs"] = config.local_epochs
     elif isinstance(config.local_steps, int):  # a range is drawn from by fedsim's own app only
         record["local-steps"] = config.local_steps
+    for key, value in (extra or {}).items():
+        record[key] = value
     return record
 
 

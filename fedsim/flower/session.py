@@ -417,9 +417,23 @@ def consensus_distance(models: Models) -> float:
     return math.sqrt(float(sum(squares)))
 
 
+def _scores(metrics: dict[str, float]) -> dict[str, float]:
+    """Return what a device reports, its scores under fedsim's names.
+
+    The loss may be called `eval_loss` or `loss`; the accuracy `eval_accuracy`, `eval_acc` (as in
+    Flower's tutorials) or `accuracy`. The first one present counts.
+    """
+    found = dict(metrics)
+    for name, others in (("eval_loss", ("loss",)), ("eval_accuracy", ("eval_acc", "accuracy"))):
+        for other in others:
+            if other in metrics:
+                found.setdefault(name, metrics[other])
+    return found
+
+
 def _of_devices(traffic: Traffic) -> Evaluation:
     """Return the devices' own scores of the model, and the spread of their accuracies."""
-    noted = traffic.evaluate
+    noted = [(device, _scores(metrics)) for device, metrics in traffic.evaluate]
     accuracies = [metrics["eval_accuracy"] for _, metrics in noted if "eval_accuracy" in metrics]
     spread = float(np.std(accuracies)) if accuracies else None
     return Evaluation(_mean(noted, "eval_loss"), _mean(noted, "eval_accuracy"), spread)
