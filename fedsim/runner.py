@@ -56,7 +56,7 @@ from fedsim.recorder import (
     write_world,
 )
 from fedsim.report.html import write_report
-from fedsim.results import RunResult, StrategyResult, load_run, strategy_result
+from fedsim.results import FAILED, RunResult, StrategyResult, load_run, strategy_result
 from fedsim.scenario import Data, Scenario, draw, load_scenario, place_of
 from fedsim.streams import stream
 
@@ -517,8 +517,9 @@ def run(
     if out is not None:
         write_report(out)
     if runs.failures:
-        failed = "; ".join(f"{name}: {why}" for name, why in runs.failures.items())
-        raise RunError(f"{failed}. Every other strategy is complete.")
+        failed = "; ".join(f"{name}: {why.rstrip('. ')}" for name, why in runs.failures.items())
+        others = " Every other strategy is complete." if len(runs.failures) < len(names) else ""
+        raise RunError(f"{failed}.{others}")
     return result
 
 
@@ -603,12 +604,17 @@ def _run_one(
             accuracy = accuracy if row.eval_accuracy is None else row.eval_accuracy
             tell(row, "running")
 
+        failed = None if recorder.directory is None else recorder.directory / FAILED
+        if failed is not None:
+            failed.unlink(missing_ok=True)
         tell(None, "running")
         try:
             outcome = simulation.run(record, recorder)
         except Exception as error:  # of the strategy, which may be anybody's code
             _log.debug("strategy %s failed", name, exc_info=True)
             why = str(error) if isinstance(error, FedsimError) else repr(error)
+            if failed is not None:
+                failed.write_text(f"{why}\n", encoding="utf-8")
             tell(recorder.rows[-1] if recorder.rows else None, "failed", why)
             return None, why
         target = scenario.evaluation.target
@@ -621,6 +627,7 @@ def _run_one(
             target=target,
             diverged=outcome.diverged is not None,
             diverged_device=outcome.diverged_device,
+            diverged_reason=outcome.diverged,
         )
         if recorder.directory is not None:
             save_arrays(recorder.directory / "model.safetensors", outcome.arrays)
