@@ -86,6 +86,9 @@ _Overrides = Annotated[
         help="Replace a value of the file, such as training.learning_rate=0.05; repeatable.",
     ),
 ]
+_DataDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
+]
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="Scenario, in YAML.")]
 
 
@@ -143,6 +146,17 @@ def _load(file: Path, overrides: list[str] | None) -> "Scenario":
     return load_scenario(file, overrides or [])
 
 
+@contextlib.contextmanager
+def _named_after(file: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong in it; options are not the file's."""
+    try:
+        yield
+    except ScenarioError as error:
+        if str(error).startswith(("--", "device:")):
+            raise
+        raise ScenarioError(f"{file}: {error}") from error
+
+
 def _check_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise typer.BadParameter(f"'{value}' is not auto, cpu, cuda or cuda:N")
@@ -164,9 +178,7 @@ def run(
         ),
     ] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Strategies to run side by side.")] = 1,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
-    ] = None,
+    data_dir: _DataDir = None,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also write a timeline that opens in Perfetto."),
@@ -200,7 +212,7 @@ def run(
 
     display = _Display(scenario, is_quiet=quiet)
     try:
-        with display:
+        with display, _named_after(file):
             result = runner.run(
                 scenario,
                 out,
@@ -323,8 +335,11 @@ def validate(
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print the scenario with every default filled in.")
     ] = False,
+    data_dir: _DataDir = None,
 ) -> None:
     """Check a scenario file and run nothing.
+
+    Everything is built as a run would build it, its data included.
 
     [bold]Examples[/bold]
 
@@ -345,14 +360,21 @@ def validate(
         typer.echo(f"{file} is a valid study: {pairs} pairs of topology and collective")
         return
     scenario = _load(file, overrides)
+
+    from fedsim.runner import check
+
+    with _named_after(file):
+        missing = check(scenario, device="cpu", data_dir=data_dir)
     if resolved:
         typer.echo(scenario.to_yaml(), nl=False)
         return
     names = ", ".join(scenario.strategies)
     typer.echo(
-        f"{file} is valid: {scenario.data.devices} devices, {scenario.rounds} rounds, "
-        f"strategies {names}"
+        f"{file} is valid{', but' if missing else ''}: {scenario.data.devices} devices, "
+        f"{scenario.rounds} rounds, strategies {names}"
     )
+    if missing:
+        typer.echo(f"not checked: the data, the model and the devices. {missing}")
 
 
 @app.command()
@@ -530,9 +552,7 @@ def verify(
 
 @app.command()
 def data(
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
-    ] = None,
+    data_dir: _DataDir = None,
 ) -> None:
     """Show which data files are present, where, and whether their content is the known one.
 

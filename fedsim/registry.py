@@ -46,6 +46,7 @@ __all__ = [
     "TABLES",
     "Entry",
     "Parameter",
+    "PartError",
     "Problem",
     "arguments_model",
     "as_mapping",
@@ -57,6 +58,7 @@ __all__ = [
     "nearest",
     "parameters",
     "problems_of",
+    "reason",
     "resolve",
     "shown",
     "spec_schema",
@@ -222,6 +224,9 @@ SUPPLIED: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """Kind → parameters that the runner fills in, so that a scenario cannot set them."""
 
+_CLOSED = frozenset({"executor", "topology"})
+"""Kinds of which the runner must know every name."""
+
 _NOUNS: Mapping[str, str] = MappingProxyType(
     {
         "availability": "availability model",
@@ -254,6 +259,17 @@ class Problem:
     def __str__(self) -> str:
         where = ".".join(map(str, self.path))
         return f"{where}: {self.message}" if where else self.message
+
+
+class PartError(ScenarioError):
+    """What a scenario names cannot be made; `kind` says which part of it."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.kind, str(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +376,10 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     """
     table = TABLES[kind]
     if ":" not in name and name not in table:
-        hint = "" if kind == "executor" else ", or 'package.module:name' of your own"
+        hint = "" if kind in _CLOSED else ", or 'package.module:name' of your own"
         raise ScenarioError(choose(name, _NOUNS.get(kind, kind), table) + hint)
+    if ":" in name and kind in _CLOSED:
+        raise ScenarioError(choose(name, kind, table))
     factory = import_object(table.get(name, name))
     if not callable(factory):
         raise ScenarioError(f"'{table.get(name, name)}' is not a function or class")
@@ -548,6 +566,7 @@ def arguments_model(kind: str, name: str) -> type[BaseModel]:
     config = ConfigDict(
         extra="allow" if takes_all else "forbid",
         strict=True,
+        allow_inf_nan=False,
         title=name,
     )
     model: type[BaseModel] = create_model("Arguments", __config__=config, **fields)  # type: ignore[call-overload]
@@ -759,8 +778,8 @@ def build(kind: str, spec: object, /, **supplied: Any) -> Any:
 
     Raises
     ------
-    ScenarioError
-        If the arguments are wrong, or the factory refuses them.
+    PartError
+        If the arguments are wrong, or the factory refuses them or fails.
     """
     factory, arguments = bind(kind, spec)
     takes = _signature(factory).parameters
@@ -768,9 +787,28 @@ def build(kind: str, spec: object, /, **supplied: Any) -> Any:
     arguments |= {key: value for key, value in supplied.items() if takes_all or key in takes}
     try:
         return factory(**arguments)
-    except (FedsimError, TypeError, ValueError) as error:
+    except Exception as error:  # the factory may be anybody's code
         name = (as_mapping(spec) or {})["kind"]
-        raise ScenarioError(f"{kind} '{name}': {error}") from error
+        raise PartError(
+            kind, f"{kind} '{name}': {reason(error)}{_meant(factory, error)}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, with its type where its message alone says little."""
+    if isinstance(error, FedsimError | TypeError | ValueError | RuntimeError) and str(error):
+        return str(error)
+    return repr(error)
+
+
+def _meant(factory: Callable[..., Any], error: Exception) -> str:
+    """Return a hint where a base class refuses a keyword that `**kwargs` has let through."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not (found and isinstance(error, TypeError) and isinstance(factory, type)):
+        return ""
+    known = (name for base in factory.__mro__ for name in _signature(base).parameters)
+    near = nearest(found[1], known)
+    return f"; did you mean '{near}'?" if near else ""
 
 
 def list_names(kind: str) -> list[Entry]:
@@ -800,7 +838,7 @@ def spec_schema(kind: str, extra: Mapping[str, Any] | None = None) -> dict[str, 
     bare = [e.name for e in entries if not any(p.is_required for p in e.parameters)]
     choices: list[dict[str, Any]] = [{"enum": bare, "description": f"the name of a {kind}"}]
     choices += [_entry_schema(entry, extra or {}) for entry in entries]
-    if kind == "executor":
+    if kind in _CLOSED:
         return {"anyOf": choices}
     own = {"type": "string", "pattern": IMPORT_STRING}
     choices += [

@@ -8,11 +8,14 @@ import logging
 import math
 import multiprocessing
 import platform
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +28,9 @@ from pydantic import BaseModel
 from fedsim import registry
 from fedsim.data.datasets import Dataset, hold_out
 from fedsim.data.federated import DeviceData, federate
+from fedsim.data.partition import check_parts
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
-from fedsim.errors import FedsimError, NoNodesError, ScenarioError
+from fedsim.errors import FedsimError, MissingDataError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, check_app, device_app, mods_needed_by
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
@@ -55,18 +59,21 @@ from fedsim.recorder import (
     write_world,
 )
 from fedsim.report.html import write_report
-from fedsim.results import RunResult, StrategyResult, load_run, strategy_result
-from fedsim.scenario import Scenario, draw, load_scenario
+from fedsim.results import FAILED, RunResult, StrategyResult, load_run, strategy_result
+from fedsim.scenario import Data, Scenario, draw, load_scenario, place_of
 from fedsim.streams import stream
 from topologies.attributes import Graph, servers_of, switches_of
 from topologies.dynamics import b_connectivity
 
-__all__ = ["Progress", "RunError", "Simulation", "build", "run"]
+__all__ = ["Progress", "RunError", "Simulation", "build", "check", "run"]
 
 _log = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 State = Literal["running", "done", "diverged", "failed"]
+LoadData = Callable[[], DeviceData]
+
+_STARTS_WITH_PLACE = re.compile(rf"(--|device:|({'|'.join(Scenario.model_fields)})(\.[^ :]+)*: )")
 
 
 class RunError(FedsimError):
@@ -185,33 +192,67 @@ def build(
     Raises
     ------
     ScenarioError
-        If the parts do not fit together.
+        If the parts do not fit together; names the place in the scenario.
     """
+    return _connect(scenario, strategy, device, _loader(scenario, data_dir))
+
+
+def check(scenario: Scenario, *, device: str = "auto", data_dir: Path | None = None) -> str:
+    """Build every strategy of a scenario, as `run` does before it writes anything.
+
+    Returns
+    -------
+    str
+        What could not be checked, since the data set's files are not on this machine; else "".
+
+    Raises
+    ------
+    ScenarioError
+        If the parts do not fit together; names the place in the scenario.
+    """
+    load, missing = _loader(scenario, data_dir), ""
+    with one_thread():
+        for name in scenario.strategies:
+            try:
+                _connect(scenario, name, device, load)
+            except MissingDataError as error:
+                missing = str(error)
+    return missing
+
+
+def _connect(scenario: Scenario, strategy: str | None, device: str, load: LoadData) -> Simulation:
     names = list(scenario.strategies)
     if strategy is None and len(names) == 1:
         strategy = names[0]
     if strategy not in scenario.strategies:
         raise ScenarioError(f"strategies: name one of {', '.join(names)}, not {strategy!r}")
     world = scenario.strategy_world(strategy)
-    data = _load_data(_Key(world.data, world.seed), data_dir)
+    place = f"strategies.{strategy}"
+    with _at(place, is_strategy=True), quiet_flower():
+        made = registry.build("strategy", world.strategies[strategy].spec())
+        check_strategy(made, world.data.devices)
+    env = simpy.Environment()
+    with _at("topology"):
+        graph = _build_graph(world)
+        network = _build_network(env, world, graph)
+    with _at("training"):
+        config = _local_config(world)
+    with _at("data"):
+        data = load()
     if world.evaluation.on == "validation" and getattr(data, "x_validation", None) is None:
         raise ScenarioError(
             "evaluation.on: 'validation' needs data.validation_fraction above 0 "
             f"(it is {world.data.validation_fraction})"
         )
-    env = simpy.Environment()
-    graph = _build_graph(world)
-    network = _build_network(env, world, graph)
-    trainer = _build_trainer(world, data, device)
-    fleet = _build_fleet(world, trainer)
-    plan = WorkPlan(_local_config(world), data.size, world.seed)
-    with quiet_flower():
-        made = registry.build("strategy", world.strategies[strategy].spec())
-    try:
-        check_strategy(made, len(fleet))
-    except (NoNodesError, TypeError) as error:
-        raise ScenarioError(f"strategies.{strategy}: {error}") from error
-    executor = _build_executor(world, trainer, plan, made)
+    with _at("model"):
+        trainer = _build_trainer(world, data, device)
+    with _at("devices"):
+        fleet = _build_fleet(world, trainer)
+    plan = WorkPlan(config, data.size, world.seed)
+    with _at("executor"):
+        executor = _build_executor(world, trainer, plan, made)
+    with _at("peers"):
+        peers = _build_peers(world, graph)
     grid = NetworkGrid(
         env,
         network,
@@ -222,27 +263,40 @@ def build(
         header_bytes=world.network.header_bytes,
         accounting=world.network.accounting,
         free_evaluation=world.evaluation.cost == "free",
-        peers=_build_peers(world, graph),
+        peers=peers,
         seed=world.seed,
     )
     return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """Data of a scenario, compared by what is written there."""
+@contextmanager
+def _at(place: str, *, is_strategy: bool = False) -> Iterator[None]:
+    """Turn whatever goes wrong while a part is built into an error that names its place."""
+    try:
+        yield
+    except Exception as error:  # a part may be anybody's code
+        said = registry.reason(error)
+        cause = error
+        while isinstance(cause, registry.PartError) and isinstance(cause.__cause__, FedsimError):
+            cause = cause.__cause__
+        if _STARTS_WITH_PLACE.match(registry.reason(cause)):
+            said = registry.reason(cause)
+        elif isinstance(error, registry.PartError) and not is_strategy:
+            said = f"{place_of(error.kind)}: {said}"
+        else:
+            said = f"{place}: {said}"
+        if not isinstance(error, FedsimError):
+            _log.debug("%s cannot be built", place, exc_info=True)
+        kind = MissingDataError if isinstance(cause, MissingDataError) else ScenarioError
+        raise kind(said) from error
 
-    data: Any
-    seed: int
 
-    def __hash__(self) -> int:
-        return hash((self.data.model_dump_json(), self.seed))
+def _loader(scenario: Scenario, data_dir: Path | None) -> LoadData:
+    """Return what loads and splits the data when it is first asked, once for all strategies."""
+    return cache(partial(_load_data, scenario.data, scenario.seed, data_dir))
 
 
-@lru_cache(maxsize=2)
-def _load_data(key: _Key, data_dir: Path | None) -> DeviceData:
-    """Load and split the data once for all strategies of a comparison."""
-    data, seed = key.data, key.seed
+def _load_data(data: Data, seed: int, data_dir: Path | None) -> DeviceData:
     dataset = registry.build(
         "dataset",
         data.dataset.spec(),
@@ -263,6 +317,7 @@ def _load_data(key: _Key, data_dir: Path | None) -> DeviceData:
         rng=stream(seed, "partition"),
         device_ids=dataset.device_train,
     )
+    parts = check_parts(parts, data.devices, len(dataset.y_train))
     return federate(
         dataset,
         parts,
@@ -274,6 +329,11 @@ def _load_data(key: _Key, data_dir: Path | None) -> DeviceData:
 def _made(dataset: Any, data: Any) -> DeviceData:
     """Return data that are born on devices, if the scenario does not ask to split them."""
     kind = data.dataset.kind
+    if not hasattr(dataset, "pack"):
+        raise ScenarioError(
+            f"data.dataset: '{kind}' makes a {type(dataset).__name__}, not a "
+            "fedsim.data.datasets.Dataset"
+        )
     if data.partition.kind != "iid":
         raise ScenarioError(
             f"data.partition: {kind} is made on the devices; leave the partition out"
@@ -391,7 +451,16 @@ def _given(section: BaseModel) -> dict[str, Any]:
 
 def _build_trainer(scenario: Scenario, data: DeviceData, device: str) -> Trainer:
     factory, arguments = registry.bind("model", scenario.model.spec())
-    model = build_model(factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments)
+    with warnings.catch_warnings():  # torch warns of layers without weights, refused below
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model = build_model(
+            factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments
+        )
+    if not hasattr(model, "named_parameters"):
+        raise ScenarioError(f"model: this makes a {type(model).__name__}, not a torch module")
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise ScenarioError(f"model: {name} has shape {tuple(parameter.shape)}: no weights")
     options = {}
     if scenario.executor.kind == "vectorised":
         options = asdict(registry.build("executor", scenario.executor.spec()))
@@ -499,9 +568,8 @@ def run(
     out = None if out is None else Path(out)
     names = list(scenario.strategies)
     with one_thread():
-        simulations = {
-            name: build(scenario, name, device=device, data_dir=data_dir) for name in names
-        }
+        load = _loader(scenario, data_dir)
+        simulations = {name: _connect(scenario, name, device, load) for name in names}
         finished: dict[str, StrategyResult] = {}
         if out is not None:
             finished = _prepare(scenario, out, resume=resume, force=force)
@@ -521,8 +589,9 @@ def run(
     if out is not None:
         write_report(out)
     if runs.failures:
-        failed = "; ".join(f"{name}: {why}" for name, why in runs.failures.items())
-        raise RunError(f"{failed}. Every other strategy is complete.")
+        failed = "; ".join(f"{name}: {why.rstrip('. ')}" for name, why in runs.failures.items())
+        others = " Every other strategy is complete." if len(runs.failures) < len(names) else ""
+        raise RunError(f"{failed}.{others}")
     return result
 
 
@@ -607,12 +676,17 @@ def _run_one(
             accuracy = accuracy if row.eval_accuracy is None else row.eval_accuracy
             tell(row, "running")
 
+        failed = None if recorder.directory is None else recorder.directory / FAILED
+        if failed is not None:
+            failed.unlink(missing_ok=True)
         tell(None, "running")
         try:
             outcome = simulation.run(record, recorder)
         except Exception as error:  # of the strategy, which may be anybody's code
             _log.debug("strategy %s failed", name, exc_info=True)
             why = str(error) if isinstance(error, FedsimError) else repr(error)
+            if failed is not None:
+                failed.write_text(f"{why}\n", encoding="utf-8")
             tell(recorder.rows[-1] if recorder.rows else None, "failed", why)
             return None, why
         target = scenario.evaluation.target
@@ -625,6 +699,7 @@ def _run_one(
             target=target,
             diverged=outcome.diverged is not None,
             diverged_device=outcome.diverged_device,
+            diverged_reason=outcome.diverged,
         )
         if recorder.directory is not None:
             save_arrays(recorder.directory / "model.safetensors", outcome.arrays)
@@ -725,8 +800,11 @@ def _prepare(
 
 def _finished(scenario: Scenario, out: Path) -> dict[str, StrategyResult]:
     """Return the complete strategies of an earlier run of the same scenario."""
-    earlier = load_run(out)
-    before = load_scenario(out / "scenario.yaml").resolved()
+    try:
+        earlier = load_run(out)
+        before = load_scenario(out / "scenario.yaml").resolved()
+    except ScenarioError as error:
+        raise ScenarioError(f"--resume: {error}") from error
     if before != scenario.resolved():
         changed = _first_difference(before, scenario.resolved())
         raise ScenarioError(
@@ -756,7 +834,7 @@ def _remove_run(out: Path) -> None:
             path.unlink()
 
 
-@lru_cache
+@cache
 def _versions() -> dict[str, str]:
     from fedsim import __version__
 

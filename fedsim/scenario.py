@@ -54,6 +54,7 @@ __all__ = [
     "draw",
     "json_schema",
     "load_scenario",
+    "place_of",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -67,7 +68,11 @@ class _Section(BaseModel):
     """A mapping of the scenario: nothing unknown, nothing converted, nothing changed later."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -590,6 +595,11 @@ _PARTS: Mapping[tuple[str, ...], str] = {
 }
 
 
+def place_of(kind: str) -> str:
+    """Return where a scenario chooses a part of this kind: "data.dataset" for a data set."""
+    return next((".".join(path) for path, part in _PARTS.items() if part == kind), kind)
+
+
 # ── checks ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -836,6 +846,7 @@ def _check_strategy(
     problems += found
     if world is not None and not found:
         problems += _too_few_devices(path, checked, given, world)
+        problems += _no_fractions(path, checked)
     return StrategyEntry(**(checked | overrides)), problems
 
 
@@ -893,6 +904,16 @@ def _too_few_devices(
             outer = given.get(key)
             said = outer if isinstance(outer, Mapping) else {}
             yield from _too_few_devices((*path, key), inner, said, world)
+
+
+def _no_fractions(path: Place, checked: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield shares of the devices that are none; Flower takes any number."""
+    for key, value in checked.items():
+        is_number = isinstance(value, int | float)
+        if key in ("fraction_train", "fraction_evaluate") and is_number and not 0 <= value <= 1:
+            yield Problem((*path, key), f"{registry.shown(value)} is not between 0 and 1")
+        if isinstance(value, Mapping):
+            yield from _no_fractions((*path, key), value)
 
 
 # ── from a file to a scenario ───────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import AllowInfNan, BeforeValidator, PlainSerializer, WithJsonSchema
 
 __all__ = [
     "Bandwidth",
@@ -430,6 +430,7 @@ Size = Annotated[
 ]
 Bandwidth = Annotated[
     float,
+    AllowInfNan(True),  # "unlimited"
     BeforeValidator(parse_bandwidth),
     PlainSerializer(format_bandwidth, str),
     _schema(_BANDWIDTH),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import FedAvg
 from safetensors.numpy import load_file
 
 import fedsim
@@ -141,6 +142,7 @@ def test_a_strategy_that_diverges_is_reported_and_the_others_finish(tmp_path):
     result = fedsim.run(tiny(strategies=strategies), tmp_path)
     assert result.strategies["wild"].summary["diverged"] is True
     assert result.strategies["wild"].summary["diverged_at"]["round"] == 1
+    assert "loss is" in result.strategies["wild"].summary["diverged_at"]["reason"]
     assert result.strategies["linear"].summary["diverged"] is False
     assert len(result.strategies["linear"].rounds) == 3
 
@@ -218,13 +220,29 @@ def test_nothing_is_written_when_a_strategy_cannot_be_built(tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_strategy_that_fails_does_not_take_the_others_along(tmp_path):
+def test_a_strategy_that_fails_does_not_take_the_others_along(tmp_path, monkeypatch):
     strategies = {"broken": {"kind": "tests.fedsim.test_session:Broken"}, "linear": "fedavg"}
-    with pytest.raises(runner.RunError, match="broken strategy"):
+    with pytest.raises(runner.RunError, match="broken strategy") as error:
         fedsim.run(tiny(strategies=strategies), tmp_path)
+    assert str(error.value).endswith("strategy'). Every other strategy is complete.")
     found = load_run(tmp_path)
     assert found.strategies["linear"].complete
     assert not found.strategies["broken"].complete
+    assert "broken strategy" in found.strategies["broken"].failure
+    assert "broken" not in json.loads((tmp_path / "summary.json").read_text())["strategies"]
+    kept = (tmp_path / "linear" / "rounds.jsonl").read_bytes()
+    monkeypatch.setattr("tests.fedsim.test_session.Broken.aggregate_train", FedAvg.aggregate_train)
+    again = fedsim.run(tiny(strategies=strategies), tmp_path, resume=True)
+    assert again.strategies["broken"].complete
+    assert again.strategies["broken"].failure is None
+    assert (tmp_path / "linear" / "rounds.jsonl").read_bytes() == kept
+
+
+def test_nothing_is_said_of_other_strategies_where_there_are_none():
+    strategies = {"broken": {"kind": "tests.fedsim.test_session:Broken"}}
+    with pytest.raises(runner.RunError) as error:
+        fedsim.run(tiny(strategies=strategies))
+    assert str(error.value).endswith("strategy').")
 
 
 def test_evaluation_on_devices_and_on_validation():
