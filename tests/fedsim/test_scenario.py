@@ -334,7 +334,7 @@ def test_wrong_keys_and_values_say_what_is_valid(said, line, expected):
         ("{kind: fedprxo}", "strategies.linear.kind: 'fedprxo' is no strategy; did you mean"),
         ("{kind: fedavg, fraction_trian: 1}", "fraction_trian: unknown key; did you mean 'fractio"),
         ("{kind: dp_server_fixed}", "strategies.linear.strategy: is missing, and has no default"),
-        ("{}", "strategies.linear.kind: is missing; one of: bulyan,"),
+        ("{}", "strategies.linear.kind: is missing; one of: ad_psgd,"),
         ("", "strategies.linear: null should be a name or a mapping with 'kind'"),
         (
             "{kind: fedavg, min_available_nodes: 5}",
