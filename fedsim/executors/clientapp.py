@@ -115,7 +115,8 @@ def _global_generators(seed: int) -> Iterator[None]:
     other's numbers, and what a device draws would depend on who was computed before it.
     """
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    has_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = range(torch.cuda.device_count()) if has_gpus else ()
     with torch.random.fork_rng(devices=gpus):
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002

@@ -1,17 +1,23 @@
 """What users bring along, through scenarios: privacy wrappers, Flower apps, models."""
 
 import logging
+import random
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 import fedsim
 from fedsim import runner
 from fedsim.errors import ScenarioError
+from fedsim.flower.compat import identity
 from fedsim.flower.session import start
 from fedsim.scenario import Scenario
 from tests.fedsim.worlds import make_world
@@ -157,3 +163,81 @@ def test_devices_may_name_their_scores_in_several_ways(name, loss):
     start(FedAvg(), world.grid, world.initial(), rounds=1, seed=1, record=rows.append)
     assert (rows[0].eval_accuracy, rows[0].eval_loss) == (0.25, 2.0)
     assert rows[0].accuracy_std == pytest.approx(np.std([0, 0.25, 0.5]))
+
+
+restless = ClientApp()
+
+
+@restless.train()
+def wander(message, context):
+    """Move the model by draws of all three global generators."""
+    drawn = random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
+    DRAWN.append((context.node_config["partition-id"], drawn))
+    arrays = [a.numpy() + np.float32(0.01 * sum(drawn)) for a in message.content["arrays"].values()]
+    named = zip(message.content["arrays"], map(Array, arrays), strict=True)
+    metrics = MetricRecord({"num-examples": 1, "train_loss": sum(drawn)})
+    content = RecordDict({"arrays": ArrayRecord(dict(named)), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+DRAWN = []
+
+
+def restless_scenario(**keys):
+    half = {"kind": "fedavg", "fraction_train": 0.5}
+    executor = {"kind": "client_app", "app": f"{__name__}:restless"}
+    return scenario(**({"strategies": {"one": half, "two": half}, "executor": executor} | keys))
+
+
+def test_an_app_that_draws_from_global_generators_is_reproducible():
+    random.seed(1)
+    torch.manual_seed(1)
+    states = random.getstate(), torch.get_rng_state()
+    DRAWN.clear()
+    result = fedsim.run(restless_scenario())
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    one, two = (result.strategies[name].rounds for name in ("one", "two"))
+    assert [replace(row, wall_time=0) for row in one] == [replace(row, wall_time=0) for row in two]
+    assert len(DRAWN) == 12
+    assert DRAWN[:6] == DRAWN[6:]
+    assert len({drawn for _, drawn in DRAWN}) == 6
+
+
+def test_what_an_app_draws_does_not_disturb_who_is_sampled():
+    sampled = []
+    for executor in ({"kind": "vectorised"}, restless_scenario().executor.spec()):
+        made = restless_scenario(rounds=4, executor=executor)
+        simulation = runner.build(made, "one")
+        simulation.grid.trips = []
+        simulation.run()
+        sampled.append([(trip.round, trip.device) for trip in simulation.grid.trips])
+    assert len(sampled[0]) == 12
+    assert sampled[0] == sampled[1]
+
+
+def test_what_a_device_draws_depends_on_it_and_how_often_it_was_asked():
+    DRAWN.clear()
+    world = make_world(3, executor="client_app", app=restless)
+    config = ConfigRecord({"server-round": 1})
+    content = RecordDict({"arrays": world.initial(), "config": config})
+    with identity():
+        for devices in ([0, 1, 2], [2], [1]):
+            world.grid.send_and_receive([Message(content, 1000 + i, "train") for i in devices])
+    by_device = {i: [drawn for device, drawn in DRAWN if device == i] for i in range(3)}
+    assert [len(by_device[i]) for i in range(3)] == [1, 2, 2]
+    assert len({drawn for _, drawn in DRAWN}) == 5
+
+
+def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "flower.md").read_text(encoding="utf-8")
+    files = re.findall(r"^`([\w./]+)`[^\n]*:\n\n```\w+\n(.*?)^```", text, re.M | re.S)
+    assert [name for name, _ in files] == ["my_app/task.py", "my_app/client_app.py", "my_app.yaml"]
+    for name, content in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = fedsim.run(fedsim.load_scenario(tmp_path / "my_app.yaml"))
+    assert result.strategies["linear"].rounds[-1].eval_accuracy > 0.8
+    for module in ("my_app", "my_app.task", "my_app.client_app"):
+        del sys.modules[module]
