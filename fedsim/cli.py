@@ -207,6 +207,8 @@ def run(
         overrides = [*(overrides or []), "record.transfers=true"]
     scenario = _load(file, overrides)
     out = out or Path("runs") / file.stem
+    if trace is not None and (out.exists() or trace.parent != out):
+        _check_writable(trace)
 
     from fedsim import runner
 
@@ -243,6 +245,17 @@ def run(
         except OSError as error:
             raise ScenarioError(f"--trace: cannot write {trace}: {error.strerror}") from error
         typer.echo(f"timeline {trace}")
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written before a run has taken its time."""
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ScenarioError(f"--trace: cannot write {path}: {error.strerror}") from error
+    if is_new:
+        path.unlink()
 
 
 def _show_result(result: "RunResult", out: Path) -> None:

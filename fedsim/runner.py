@@ -10,6 +10,7 @@ import multiprocessing
 import platform
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -826,12 +827,32 @@ def _first_difference(before: Any, after: Any, path: str = "") -> str:
 
 
 def _remove_run(out: Path) -> None:
-    """Remove the files of an earlier run, and nothing else that may lie beside them."""
-    for path in out.iterdir():
-        if path.is_dir() and (path.name == "plots" or (path / "rounds.jsonl").exists()):
-            shutil.rmtree(path)
-        elif path.name in ("scenario.yaml", "summary.json", "world.json", "report.html"):
-            path.unlink()
+    """Remove the files of an earlier run, and nothing else that may lie beside them.
+
+    They are moved aside first: all of them, or, where one cannot be moved, none.
+    """
+    files = ("scenario.yaml", "summary.json", "world.json", "report.html")
+    old = [
+        path
+        for path in out.iterdir()
+        if path.name in files
+        or (path.is_dir() and (path.name == "plots" or (path / "rounds.jsonl").exists()))
+    ]
+    aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
+    moved: list[Path] = []
+    try:
+        for path in old:
+            path.rename(aside / path.name)
+            moved.append(path)
+    except OSError:
+        for path in moved:
+            (aside / path.name).rename(path)
+        aside.rmdir()
+        raise
+    try:
+        shutil.rmtree(aside)
+    except OSError as error:
+        _log.warning("cannot remove the earlier run, now in %s: %s", aside, error.strerror)
 
 
 @cache

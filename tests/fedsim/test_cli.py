@@ -199,6 +199,14 @@ def test_an_output_directory_that_cannot_be_written_is_refused(fedsim_, file):
     assert "cannot write plain/out" in result.stderr
 
 
+def test_a_trace_that_cannot_be_written_is_refused_before_the_run(fedsim_, file, fake):
+    run = fake()
+    result = fedsim_("run", file, "--trace", "no/such/trace.json")
+    assert result.exit_code == 2
+    assert "--trace: cannot write no/such/trace.json: No such file" in result.stderr
+    assert run.calls == []
+
+
 MISTAKES = {
     "rounds: 20\nroundz: 3": "did you mean",
     SMALL.replace("fedprox", "fedprxo"): "'fedprxo' is no strategy; did you mean 'fedprox'?",

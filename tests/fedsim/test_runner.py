@@ -190,6 +190,59 @@ def test_an_existing_directory_is_refused_resumed_or_replaced(tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
+def test_an_earlier_run_that_cannot_be_moved_aside_stays_whole(tmp_path, monkeypatch):
+    def names():
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+
+    fedsim.run(tiny("rounds=1"), tmp_path)
+    before = names()
+    moved = []
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "linear" and ".replaced" in str(target):
+            raise PermissionError(13, "Permission denied")
+        moved.append(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(
+        Path, "iterdir", lambda path: (path / n for n in ("summary.json", "linear", "fedadam"))
+    )
+    with pytest.raises(ScenarioError, match=r"--out: cannot write .*: Permission denied"):
+        fedsim.run(tiny("rounds=2"), tmp_path, force=True)
+    assert names() == before
+    assert moved == ["summary.json", "summary.json"]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_an_earlier_run_that_cannot_be_deleted_is_out_of_the_way(tmp_path, monkeypatch, caplog):
+    fedsim.run(tiny("rounds=1"), tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    result = fedsim.run(tiny("rounds=2"), tmp_path, force=True)
+    assert [len(strategy.rounds) for strategy in result.strategies.values()] == [2, 2]
+    assert ".replaced-" in caplog.text
+
+
+@pytest.mark.usefixtures("no_report")
+def test_data_that_change_between_two_runs_are_read_again(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "own.npz"
+    found = []
+    for n in (40, 60):
+        x, y = rng.normal(size=(n, 3)).astype(np.float32), np.arange(n) % 2
+        np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+        data = {"dataset": {"kind": "npz", "path": str(path)}, "devices": 4}
+        result = fedsim.run(tiny("rounds=1", data=data), tmp_path / f"run-{n}")
+        found.append(sum(result.world["devices"]["samples"]))
+    assert found == [40, 60]
+
+
+@pytest.mark.usefixtures("no_report")
 def test_an_interrupted_run_resumes_to_the_same_result(tmp_path):
     fedsim.run(tiny(), tmp_path / "whole")
 
