@@ -68,6 +68,8 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "strategy": {
             "bulyan": "strategies.linear:Bulyan",
+            "compressed": "strategies.compressed:Compressed",
+            "compressed_sgd": "strategies.mcm:CompressedSGD",
             "dp_client_adaptive": "flwr.serverapp.strategy:"
             "DifferentialPrivacyClientSideAdaptiveClipping",
             "dp_client_fixed": "flwr.serverapp.strategy:DifferentialPrivacyClientSideFixedClipping",

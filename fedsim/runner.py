@@ -26,6 +26,7 @@ from fedsim.data.federated import FederatedData, federate
 from fedsim.devices import DeviceFleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
+from fedsim.executors.halves import DeviceHalf
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
@@ -194,7 +195,9 @@ def build(
     network = _build_network(env, world)
     trainer = _build_trainer(world, data, device)
     plan = WorkPlan(_local_config(world), data.size, world.seed)
-    executor = _build_executor(world, trainer, plan)
+    with quiet_flower():
+        made = registry.build("strategy", world.strategies[strategy].spec())
+    executor = _build_executor(world, trainer, plan, _halves_of(made))
     grid = NetworkGrid(
         env,
         network,
@@ -206,8 +209,6 @@ def build(
         accounting=world.network.accounting,
         free_evaluation=world.evaluation.cost == "free",
     )
-    with quiet_flower():
-        made = registry.build("strategy", world.strategies[strategy].spec())
     try:
         check_strategy(made, len(fleet))
     except (NoNodesError, TypeError) as error:
@@ -300,12 +301,23 @@ def _local_config(scenario: Scenario) -> LocalConfig:
     return LocalConfig(**training)
 
 
-def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Executor:
+def _halves_of(strategy: Any) -> tuple[DeviceHalf, ...]:
+    """Return the device halves of a strategy and of those that it wraps, the outermost first."""
+    found: list[DeviceHalf] = []
+    while strategy is not None:
+        found += getattr(strategy, "device_halves", ())
+        strategy = getattr(strategy, "strategy", None)
+    return tuple(found)
+
+
+def _build_executor(
+    scenario: Scenario, trainer: Trainer, plan: WorkPlan, halves: tuple[DeviceHalf, ...]
+) -> Executor:
     if scenario.executor.kind == "vectorised":
-        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
+        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE, halves=halves)
     app = registry.build("executor", scenario.executor.spec()).app
     if app is None:
-        app = device_app(trainer, plan)
+        app = device_app(trainer, plan, mods=[half.as_mod() for half in halves])
     return ClientAppExecutor(app, scenario.data.devices, node_base=NODE_BASE)
 
 

@@ -128,6 +128,10 @@ class DeviceHalf:
         """Return the draws of these devices in these rounds."""
         return KeyedDraws(self.seed, self.name, rounds, devices, device=device)
 
+    def as_mod(self) -> Callable[[Message, Context, ClientAppCallable], Message]:
+        """Return the half as a Flower client mod; see `as_mod`."""
+        return as_mod(self)
+
     def unpack(self, contents: Sequence[RecordDict]) -> Tensors:
         """Return the arrays of instructions, one tensor ``(n, *shape)`` per key."""
         records = [next(iter(content.array_records.values())) for content in contents]

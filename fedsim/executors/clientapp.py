@@ -6,6 +6,7 @@ from copy import copy
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 
 from fedsim.executors.vectorised import train_or_evaluate
 from fedsim.flower import compat
@@ -74,9 +75,17 @@ class ClientAppExecutor:
         return self._contexts[node_id]
 
 
-def device_app(trainer: Trainer, plan: WorkPlan) -> ClientApp:
-    """Return fedsim's own app: the work of the vectorised executor, for one device at a time."""
-    app = ClientApp()
+def device_app(trainer: Trainer, plan: WorkPlan, mods: Sequence[Mod] = ()) -> ClientApp:
+    """Return fedsim's own app: the work of the vectorised executor, for one device at a time.
+
+    Parameters
+    ----------
+    trainer, plan
+        Who works, and who reads the instructions.
+    mods : sequence of Flower mods
+        What the strategy's device halves are here.
+    """
+    app = ClientApp(mods=list(mods))
 
     def answer(message: Message, context: Context) -> Message:
         device = int(context.node_config["partition-id"])
