@@ -10,6 +10,8 @@ device. Images come from Fashion-MNIST below FEDSIM_DATA, else they are random.
 import argparse
 import copy
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -43,6 +45,10 @@ MODELS = {
 def show(name, **values):
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
     print(json.dumps({"benchmark": name, **rounded}), flush=True)
+
+
+def machine():
+    show("machine", torch=torch.__version__, processor=platform.machine(), cores=os.cpu_count())
 
 
 def images(n):
@@ -292,6 +298,7 @@ def main():
     if arguments.memory_of:
         memory_of(arguments.memory_of)
         return
+    machine()
     for function in BENCHMARKS:
         if not arguments.names or function.__name__ in arguments.names:
             function(arguments.repeats)

@@ -511,7 +511,7 @@ def verify(
     from fedsim.verify import verify as replay_all
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("family", "cases", "flows", "worst error", "tolerance", ""):
+    for heading in ("family", "cases", "worst error", "tolerance", ""):
         table.add_column(heading, justify="left" if heading in ("family", "") else "right")
     results = replay_all(cases)
     for found in results:
@@ -519,7 +519,6 @@ def verify(
         table.add_row(
             found.family,
             str(found.n_cases),
-            str(found.n_flows),
             f"{found.worst:.1e}",
             f"{found.tolerance:.0e}",
             verdict,
@@ -527,6 +526,36 @@ def verify(
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if not all(found.is_passed for found in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def data(
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
+    ] = None,
+) -> None:
+    """Show which data files are present, where, and whether their content is the known one.
+
+    Files are looked for below --data-dir, else below FEDSIM_DATA, else below ./data.
+
+    [bold]Example[/bold]
+
+    fedsim data --data-dir ~/datasets
+    """
+    from fedsim.data.files import present_files
+    from fedsim.report.tables import format_bytes
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("data set", "part", "file", "size", "checksum"):
+        table.add_column(heading, justify="right" if heading == "size" else "left")
+    for found in present_files(data_dir):
+        if found.path is None:
+            table.add_row(found.file.dataset, found.file.part, f"no {found.file.names[0]}", "", "")
+            continue
+        verdict = {True: "known", False: "DIFFERENT", None: str(found.sha256)[:12]}[found.is_known]
+        size = format_bytes(found.size_bytes)
+        table.add_row(found.file.dataset, found.file.part, str(found.path), size, verdict)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @app.command()

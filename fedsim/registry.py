@@ -88,40 +88,108 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "multikrum": "strategies.linear:MultiKrum",
             "qfedavg": "strategies.linear:QFedAvg",
         },
-        "topology": {"star": "topologies.generators:star"},
+        "topology": {
+            "barabasi_albert": "topologies.random_graphs:barabasi_albert",
+            "bcube": "topologies.datacentre:bcube",
+            "complete": "topologies.generators:complete",
+            "dcell": "topologies.datacentre:dcell",
+            "dragonfly": "topologies.datacentre:dragonfly",
+            "erdos_renyi": "topologies.random_graphs:erdos_renyi",
+            "expander": "topologies.random_graphs:expander",
+            "exponential": "topologies.generators:exponential",
+            "fat_tree": "topologies.datacentre:fat_tree",
+            "file": "topologies.formats:from_file",
+            "grid": "topologies.generators:grid",
+            "hypercube": "topologies.generators:hypercube",
+            "leaf_spine": "topologies.datacentre:leaf_spine",
+            "line": "topologies.generators:line",
+            "random_geometric": "topologies.random_graphs:random_geometric",
+            "random_regular": "topologies.random_graphs:random_regular",
+            "research_network": "topologies.formats:research_network",
+            "ring": "topologies.generators:ring",
+            "star": "topologies.generators:star",
+            "torus": "topologies.generators:torus",
+            "tree": "topologies.generators:tree",
+            "watts_strogatz": "topologies.random_graphs:watts_strogatz",
+        },
         "link": {
             "constant": "fedsim.network.links:Constant",
+            "correlated": "fedsim.network.links:Correlated",
+            "gilbert_elliott": "fedsim.network.links:GilbertElliott",
+            "mobility": "fedsim.network.mobility:Mobility",
             "on_off": "fedsim.network.links:OnOff",
+            "redraw": "fedsim.network.links:Redraw",
+            "sinusoid": "fedsim.network.links:Sinusoid",
+            "trace": "fedsim.network.traces:Trace",
         },
         "dataset": {
+            "a9a": "fedsim.data.tables:load_a9a",
+            "cifar10": "fedsim.data.images:load_cifar10",
             "digits": "fedsim.data.datasets:load_digits",
+            "fashion_mnist": "fedsim.data.images:load_fashion_mnist",
+            "image_folder": "fedsim.data.images:load_image_folder",
+            "least_squares": "fedsim.data.synthetic:load_least_squares",
+            "logistic": "fedsim.data.synthetic:load_logistic",
+            "mnist": "fedsim.data.images:load_mnist",
             "npz": "fedsim.data.datasets:load_npz",
+            "quadratic": "fedsim.data.synthetic:load_quadratic",
+            "synthetic": "fedsim.data.synthetic:load_synthetic",
+            "tinyshakespeare": "fedsim.data.tables:load_tinyshakespeare",
+            "w8a": "fedsim.data.tables:load_w8a",
         },
         "partition": {
             "dirichlet": "fedsim.data.partition:partition_dirichlet",
             "dirichlet_quantity": "fedsim.data.partition:partition_dirichlet_quantity",
+            "flower": "fedsim.data.partition:partition_flower",
             "iid": "fedsim.data.partition:partition_iid",
             "natural": "fedsim.data.partition:partition_natural",
             "pathological": "fedsim.data.partition:partition_pathological",
             "shards": "fedsim.data.partition:partition_shards",
         },
         "model": {
+            "char_lstm": "fedsim.learning.models:char_lstm",
+            "char_transformer": "fedsim.learning.models:char_transformer",
+            "cifar_lenet": "fedsim.learning.models:cifar_lenet",
+            "cnn": "fedsim.learning.models:cnn",
+            "fashion_cnn": "fedsim.learning.models:fashion_cnn",
+            "lenet5": "fedsim.learning.models:lenet5",
+            "linear_regression": "fedsim.learning.models:linear_regression",
+            "logistic_regression": "fedsim.learning.models:logistic_regression",
             "mlp": "fedsim.learning.models:mlp",
+            "mnist_cnn": "fedsim.learning.models:mnist_cnn",
+            "quadratic": "fedsim.learning.models:quadratic",
+            "resnet20": "fedsim.learning.models:resnet20",
+            "resnet8": "fedsim.learning.models:resnet8",
             "softmax": "fedsim.learning.models:softmax",
+        },
+        "schedule": {
+            "cosine": "fedsim.learning.schedules:Cosine",
+            "exponential": "fedsim.learning.schedules:Exponential",
+            "inverse_sqrt": "fedsim.learning.schedules:InverseSqrt",
+            "step_decay": "fedsim.learning.schedules:StepDecay",
         },
         "executor": {
             "client_app": "fedsim.scenario:ClientAppExecution",
             "vectorised": "fedsim.scenario:VectorisedExecution",
         },
         "speed": {
-            "class": "fedsim.devices:ClassSpeed",
+            "classes": "fedsim.devices:ClassSpeed",
             "constant": "fedsim.devices:ConstantSpeed",
             "lognormal": "fedsim.devices:LognormalSpeed",
+            "trace": "fedsim.devices:TraceSpeed",
             "uniform": "fedsim.devices:UniformSpeed",
+        },
+        "slowdown": {
+            "none": "fedsim.devices:NoSlowdown",
+            "random": "fedsim.devices:RandomSlowdown",
+            "scheduled": "fedsim.devices:ScheduledSlowdown",
         },
         "availability": {
             "always": "fedsim.devices:Always",
+            "day_night": "fedsim.devices:DayNight",
+            "intervals": "fedsim.devices:Intervals",
             "on_off": "fedsim.devices:OnOffAvailability",
+            "trace": "fedsim.devices:TraceAvailability",
         },
     }
 )
@@ -132,11 +200,13 @@ SUPPLIED: Mapping[str, frozenset[str]] = MappingProxyType(
         "strategy": frozenset(),
         "topology": frozenset({"bandwidth", "devices", "latency", "rng", "seed", "servers"}),
         "link": frozenset({"name", "seed"}),
-        "dataset": frozenset({"data_dir", "rng", "seed", "test_fraction"}),
+        "dataset": frozenset({"data_dir", "n_devices", "rng", "seed", "test_fraction"}),
         "partition": frozenset({"device_ids", "labels", "n_devices", "rng"}),
-        "model": frozenset({"dtype", "input_shape", "n_classes", "seed"}),
+        "model": frozenset({"input_shape", "n_classes", "seed"}),
+        "schedule": frozenset(),
         "executor": frozenset(),
         "speed": frozenset({"n_devices", "rng", "seed"}),
+        "slowdown": frozenset({"n_devices", "rng", "seed"}),
         "availability": frozenset({"n_devices", "rng", "seed"}),
     }
 )
@@ -148,6 +218,7 @@ _NOUNS: Mapping[str, str] = MappingProxyType(
         "dataset": "data set",
         "link": "link model",
         "partition": "way to split data",
+        "slowdown": "slow-down",
         "speed": "speed model",
     }
 )
@@ -158,6 +229,8 @@ _UNIT_NAMES = (
     (units.Bandwidth, "bandwidth"),
     (units.Speed, "speed"),
     (units.FlopRate, "FLOP rate"),
+    (units.ComputeSpeed, "speed"),
+    (units.Energy, "energy"),
 )
 
 
@@ -603,6 +676,8 @@ def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Itera
             near = nearest(str(location[-1]), valid)
             meant = f"; did you mean '{near}'?" if near else "."
             return f"unknown key{meant} Valid: {', '.join(valid) or 'no keys'}"
+        case "unexpected_keyword_argument":
+            return "unknown key"
         case "missing":
             return "is missing, and has no default"
         case "value_error":

@@ -5,12 +5,13 @@ of a scenario and writes the records.
 """
 
 import logging
+import math
 import multiprocessing
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import simpy
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from fedsim import registry
-from fedsim.data.datasets import hold_out
-from fedsim.data.federated import FederatedData, federate
-from fedsim.devices import DeviceFleet
+from fedsim.data.datasets import Dataset, hold_out
+from fedsim.data.federated import DeviceData, federate
+from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.halves import DeviceHalf
@@ -31,15 +33,20 @@ from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan, training_config
+from fedsim.flower.peers import PeerGraph
 from fedsim.flower.records import array_bytes
-from fedsim.flower.server import initial_arrays, save_arrays, score
+from fedsim.flower.server import initial_arrays, save_arrays, score, score_models
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
+from fedsim.graphs import between_devices, build_graph, peer_graphs
 from fedsim.learning.config import LocalConfig
+from fedsim.learning.cost import model_cost
 from fedsim.learning.models import build_model
 from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
-from fedsim.network import Network, star_network
+from fedsim.network import Network, graph_network, star_network
+from fedsim.network.failures import Failure
 from fedsim.recorder import (
+    LinkRow,
     NetworkWorld,
     Recorder,
     RoundRow,
@@ -52,6 +59,8 @@ from fedsim.report.html import write_report
 from fedsim.results import RunResult, StrategyResult, load_run, strategy_result
 from fedsim.scenario import Scenario, draw, load_scenario
 from fedsim.streams import stream
+from topologies.attributes import Graph, servers_of, switches_of
+from topologies.dynamics import b_connectivity
 
 __all__ = ["Progress", "RunError", "Simulation", "build", "run"]
 
@@ -145,6 +154,7 @@ class Simulation:
             timeout=scenario.round_timeout,
             train_config=training_config(_local_config(scenario)),
             evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
+            evaluate_models=partial(score_models, self.trainer, on=on),
             evaluate_every=scenario.evaluation.every,
             record=record,
             stop=StopRule(stop.accuracy, stop.time, stop.traffic) if stop else None,
@@ -185,15 +195,16 @@ def build(
         raise ScenarioError(f"strategies: name one of {', '.join(names)}, not {strategy!r}")
     world = scenario.strategy_world(strategy)
     data = _load_data(_Key(world.data, world.seed), data_dir)
-    if world.evaluation.on == "validation" and data.x_validation is None:
+    if world.evaluation.on == "validation" and getattr(data, "x_validation", None) is None:
         raise ScenarioError(
             "evaluation.on: 'validation' needs data.validation_fraction above 0 "
             f"(it is {world.data.validation_fraction})"
         )
     env = simpy.Environment()
-    fleet = _build_fleet(world)
-    network = _build_network(env, world)
+    graph = _build_graph(world)
+    network = _build_network(env, world, graph)
     trainer = _build_trainer(world, data, device)
+    fleet = _build_fleet(world, trainer)
     plan = WorkPlan(_local_config(world), data.size, world.seed)
     with quiet_flower():
         made = registry.build("strategy", world.strategies[strategy].spec())
@@ -208,6 +219,8 @@ def build(
         header_bytes=world.network.header_bytes,
         accounting=world.network.accounting,
         free_evaluation=world.evaluation.cost == "free",
+        peers=_build_peers(world, graph),
+        seed=world.seed,
     )
     try:
         check_strategy(made, len(fleet))
@@ -228,16 +241,19 @@ class _Key:
 
 
 @lru_cache(maxsize=2)
-def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
+def _load_data(key: _Key, data_dir: Path | None) -> DeviceData:
     """Load and split the data once for all strategies of a comparison."""
     data, seed = key.data, key.seed
     dataset = registry.build(
         "dataset",
         data.dataset.spec(),
         test_fraction=data.test_fraction,
+        n_devices=data.devices,
         seed=seed,
         data_dir=data_dir,
     )
+    if not isinstance(dataset, Dataset):  # made for so many devices, nothing is left to split
+        return _made(dataset, data)
     if data.validation_fraction:
         dataset = hold_out(dataset, validation_fraction=data.validation_fraction, seed=seed)
     parts = registry.build(
@@ -248,14 +264,51 @@ def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
         rng=stream(seed, "partition"),
         device_ids=dataset.device_train,
     )
-    return federate(dataset, parts)
+    return federate(
+        dataset,
+        parts,
+        local_test_fraction=data.local_test_fraction,
+        rng=stream(seed, "local-test"),
+    )
 
 
-def _build_fleet(scenario: Scenario) -> DeviceFleet:
-    n_devices, seed = scenario.data.devices, scenario.seed
-    speed = registry.build("speed", scenario.devices.speed.spec())
-    availability = registry.build("availability", scenario.devices.availability.spec())
-    return DeviceFleet(speed.sample(n_devices, seed), availability.start(n_devices, seed))
+def _made(dataset: Any, data: Any) -> DeviceData:
+    """Return data that are born on devices, if the scenario does not ask to split them."""
+    kind = data.dataset.kind
+    if data.partition.kind != "iid":
+        raise ScenarioError(
+            f"data.partition: {kind} is made on the devices; leave the partition out"
+        )
+    for key in ("validation_fraction", "local_test_fraction"):
+        if getattr(data, key):
+            raise ScenarioError(f"data.{key}: {kind} is made on the devices and has none")
+    made: DeviceData = dataset
+    return made
+
+
+def _build_fleet(scenario: Scenario, trainer: Trainer) -> DeviceFleet:
+    devices = scenario.devices
+    needs_flops = "FLOP/s" in devices.speed.model_dump_json() or (
+        devices.energy is not None and devices.energy.per_flop is not None
+    )
+    return make_fleet(
+        scenario.data.devices,
+        scenario.seed,
+        speed=registry.build("speed", devices.speed.spec()),
+        availability=registry.build("availability", devices.availability.spec()),
+        slowdown=registry.build("slowdown", devices.slowdown.spec()),
+        on_leave=devices.on_leave,
+        energy=EnergyCosts(**_given(devices.energy)) if devices.energy else None,
+        flops_per_sample=_flops_per_sample(trainer) if needs_flops else None,
+    )
+
+
+def _flops_per_sample(trainer: Trainer) -> float:
+    """Count the operations of one sample; only where asked, since not every model can be traced."""
+    data = trainer.data
+    is_symbols = str(data.x_test.dtype) == "torch.int64"
+    cost = model_cost(trainer.stack.module, data.input_shape, tokens=is_symbols)
+    return float(cost.training_flops)
 
 
 def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -270,10 +323,35 @@ def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArra
     )
 
 
-def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
+def _build_graph(scenario: Scenario) -> Graph | None:
+    """Return the topology's graph with the rates and latencies of its links; None for a star."""
+    topology, seed = scenario.topology, scenario.seed
+    if topology.kind == "star":
+        return None
+    spread = {"bandwidth": topology.bandwidth, "latency": topology.latency}
+    given = {"bandwidth": math.inf, "latency": 0.0}
+    figures = {k: v for k, v in spread.items() if isinstance(v, float) and v != given[k]}
+    devices, rng = scenario.data.devices, stream(seed, "topology")
+    graph = build_graph(topology.spec(), devices, rng, **figures)
+    for key in spread.keys() - figures.keys():
+        for a, b, link in graph.edges(data=True):
+            if link[key] == given[key]:
+                name = f"{min(a, b)}-{max(a, b)}"
+                link[key] = float(draw(spread[key], 1, stream(seed, f"link-{key}", name))[0])
+    return graph
+
+
+def _build_network(env: simpy.Environment, scenario: Scenario, graph: Graph | None) -> Network:
+    options = _transfer_options(scenario) | {
+        "link_model": registry.build("link", scenario.links.spec()),
+        "seed": scenario.seed,
+        "failures": [Failure(**_given(entry)) for entry in scenario.network.failures],
+    }
+    if graph is not None:
+        network = graph_network(env, graph, **options)
+        network.server = min(servers_of(graph), default=None)  # of a tree: its root
+        return network
     topology = scenario.topology
-    if topology.kind != "star":
-        raise ScenarioError(f"topology.kind: {topology.kind!r} is not available; use 'star'")
     up, down, latency = _access_links(scenario)
     return star_network(
         env,
@@ -282,23 +360,56 @@ def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
         latency=latency,
         server_up_bps=topology.server_bandwidth,
         server_down_bps=topology.server_bandwidth,
-        link_model=registry.build("link", scenario.links.spec()),
-        seed=scenario.seed,
-        message_loss=scenario.network.message_loss,
-        link_down=scenario.network.link_down,
+        **options,
     )
 
 
-def _build_trainer(scenario: Scenario, data: FederatedData, device: str) -> Trainer:
+def _build_peers(scenario: Scenario, graph: Graph | None) -> PeerGraph | None:
+    """Return who may exchange with whom in a round; None if nobody is linked directly."""
+    peers, devices = scenario.peers, scenario.data.devices
+    if peers is not None:
+        return peer_graphs(peers.spec(), devices, scenario.seed, redraw=peers.redraw)
+    linked = None if graph is None else between_devices(graph)
+    if linked is None or not linked.number_of_edges():
+        return None
+    return lambda number: linked
+
+
+def _transfer_options(scenario: Scenario) -> dict[str, Any]:
+    """Return how payloads travel; headers are the grid's, which counts them in the records."""
+    options = scenario.network
+    not_the_networks = {"loss_reply", "accounting", "header_bytes", "failures"}
+    found = {k: v for k, v in _given(options).items() if k not in not_the_networks}
+    if "transfer_timeout" in found:
+        found["timeout"] = found.pop("transfer_timeout")
+    return found
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    """Return the values of a section that are not None, in base units."""
+    return {key: value for key, value in section if value is not None}
+
+
+def _build_trainer(scenario: Scenario, data: DeviceData, device: str) -> Trainer:
     factory, arguments = registry.bind("model", scenario.model.spec())
     model = build_model(factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments)
-    chunk = scenario.executor.arguments.get("chunk")
-    return Trainer(model, data, seed=scenario.seed, chunk=chunk, device=device)
+    options = {}
+    if scenario.executor.kind == "vectorised":
+        options = asdict(registry.build("executor", scenario.executor.spec()))
+    return Trainer(
+        model, data, loss=scenario.training.loss, seed=scenario.seed, device=device, **options
+    )
 
 
 def _local_config(scenario: Scenario) -> LocalConfig:
-    training = scenario.training.model_dump(exclude_none=True)
-    return LocalConfig(**training)
+    given = _given(scenario.training)
+    given.pop("loss", None)
+    given["betas"] = tuple(given["betas"])
+    if isinstance(given.get("local_steps"), list):
+        given["local_steps"] = tuple(given["local_steps"])
+    if "schedule" in given:
+        given["schedule"] = registry.build("schedule", given["schedule"].spec())
+    return LocalConfig(**given)
 
 
 def _halves_of(strategy: Any) -> tuple[DeviceHalf, ...]:
@@ -491,6 +602,8 @@ def _run_one(
         target = scenario.evaluation.target
         if target is None and scenario.stop is not None:
             target = scenario.stop.accuracy
+        if recorder.has_transfers:
+            _record_links(recorder, simulation.network)
         summary = summarise(
             recorder.rows,
             target=target,
@@ -502,6 +615,25 @@ def _run_one(
         last = recorder.rows[-1] if recorder.rows else None
         tell(last, "diverged" if outcome.diverged else "done", outcome.diverged or "")
     return strategy_result(recorder, summary), ""
+
+
+def _record_links(recorder: Recorder, network: Network) -> None:
+    """Record what each link that was used has carried, and how it varied."""
+    end = network.env.now
+    for use in network.link_uses():
+        history = network.timeline(use.name, 0.0, end)
+        is_constant = len(history) < 2 and history[:1] == [(0.0, use.bandwidth_bps)]
+        recorder.link(
+            LinkRow(
+                link=use.name,
+                bandwidth_bps=use.bandwidth_bps,
+                latency=use.latency,
+                carried_bytes=use.carried_bytes,
+                busy_time=use.busy_time,
+                change_times=[] if is_constant else [time for time, _ in history],
+                change_rates_bps=[] if is_constant else [rate for _, rate in history],
+            )
+        )
 
 
 def _run_in_processes(
@@ -620,6 +752,7 @@ def _versions() -> dict[str, str]:
 def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
     first = next(iter(simulations.values()))
     data, layout = first.trainer.data, first.trainer.layout
+    labels = data.label_counts()  # no rows where data are made when they are asked for
     target = scenario.evaluation.target or (scenario.stop.accuracy if scenario.stop else None)
     write_world(
         path,
@@ -637,7 +770,7 @@ def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simul
             parameters=layout.size,
             model_bytes=sum(map(array_bytes, initial_arrays(first.trainer).values())),
             samples=data.size,
-            label_counts=data.label_counts() if data.n_classes else None,
+            label_counts=labels if len(labels) == data.n_devices and data.n_classes else None,
             speed=first.fleet.speed,
             availability=_in_words(scenario.devices.availability.spec()),
             networks=_networks(simulations),
@@ -650,28 +783,63 @@ def _networks(simulations: Mapping[str, Simulation]) -> list[NetworkWorld]:
     users: dict[str, list[str]] = {}
     for name, simulation in simulations.items():
         world = simulation.scenario
-        key = world.model_dump_json(include={"topology", "links", "network"})
+        key = world.model_dump_json(include={"topology", "peers", "links", "network"})
         users.setdefault(key, []).append(name)
     described = []
     for names in users.values():
         world = simulations[names[0]].scenario
-        up, down, latency = _access_links(world)
         described.append(
             NetworkWorld(
                 strategies=names,
-                topology=world.topology.kind,
-                servers=1,
-                links=2 * world.data.devices,
-                uplink_bps=up,
-                downlink_bps=down,
-                latency=latency,
-                server_uplink_bps=world.topology.server_bandwidth,
-                server_downlink_bps=world.topology.server_bandwidth,
                 variation=_in_words(world.links.spec()),
                 message_loss=world.network.message_loss,
+                **_shape(world),
             )
         )
     return described
+
+
+def _shape(world: Scenario) -> dict[str, Any]:
+    """Return what a report tells of the links, as fields of a `NetworkWorld`."""
+    graph = _build_graph(world)
+    measures = _connectivity(world)
+    if graph is not None:
+        links = [link for _, _, link in graph.edges(data=True) for _ in range(2)]
+        return {
+            "topology": graph.name,
+            "switches": len(switches_of(graph)),
+            "servers": len(servers_of(graph)),
+            "links": len(links),
+            "link_bps": [link["bandwidth"] for link in links],
+            "link_latency": [link["latency"] for link in links],
+            "measures": measures,
+        }
+    up, down, latency = _access_links(world)
+    return {
+        "topology": "star",
+        "servers": 1,
+        "links": 2 * world.data.devices,
+        "uplink_bps": up,
+        "downlink_bps": down,
+        "latency": latency,
+        "server_uplink_bps": world.topology.server_bandwidth,
+        "server_downlink_bps": world.topology.server_bandwidth,
+        "measures": measures,
+    }
+
+
+def _connectivity(world: Scenario) -> dict[str, float]:
+    """Return how well graphs that are drawn anew in each round connect the devices."""
+    peers = _build_peers(world, None)
+    if peers is None or not world.peers or not world.peers.redraw:
+        return {}
+    found = b_connectivity(lambda number: peers(number + 1), world.rounds)
+    measures = {
+        "share of rounds connected": found.connected_share,
+        "mean isolated devices": found.mean_isolated,
+        "mean neighbours": found.mean_degree,
+    }
+    return measures | ({} if found.window is None else {"b_connectivity": found.window})
 
 
 def _in_words(spec: Mapping[str, Any]) -> str:

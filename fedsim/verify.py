@@ -2,7 +2,8 @@
 
 The cases ship with the package (`fedsim/reference`), so that a user can check an installation, and
 the tests read the same files. Those of the network were computed by SimGrid, an independent
-simulator; the tolerance is relative to each flow's duration.
+simulator (the tolerance is relative to each flow's duration); those of collectives are exact
+counts, send lists and times.
 """
 
 import gzip
@@ -16,10 +17,14 @@ from typing import Any
 
 from fedsim.errors import ScenarioError
 from fedsim.network import replay
+from topologies.replay import Replayed, is_collective_reference, replay_collectives
 
 __all__ = ["TOLERANCE", "FamilyResult", "network_error", "verify"]
 
 TOLERANCE = 1e-6
+"""Of the network's answers."""
+
+_SHIPPED = ("collectives.json.gz", "network.json.gz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +34,9 @@ class FamilyResult:
     Attributes
     ----------
     family : str
-    n_cases, n_flows : int
+    n_cases : int
     worst : float
-        Largest error of a flow relative to its duration; inf if one failed that should not have,
-        or the reverse.
+        Largest relative error; inf if something failed that should not have, or the reverse.
     worst_case : str
         The case where it occurs.
     tolerance : float
@@ -40,10 +44,9 @@ class FamilyResult:
 
     family: str
     n_cases: int
-    n_flows: int
     worst: float
     worst_case: str
-    tolerance: float = TOLERANCE
+    tolerance: float
 
     @property
     def is_passed(self) -> bool:
@@ -57,8 +60,9 @@ def verify(cases: Path | None = None) -> list[FamilyResult]:
     Parameters
     ----------
     cases : Path, optional
-        A directory of ``*.json`` or ``*.json.gz`` files, each with one case or a list of cases, or
-        one such file; by default the cases that ship with the package.
+        A directory of ``*.json`` or ``*.json.gz`` files, or one such file; by default the cases
+        that ship with the package. A file holds one network case, a list of them, or answers for
+        collectives.
 
     Returns
     -------
@@ -70,17 +74,16 @@ def verify(cases: Path | None = None) -> list[FamilyResult]:
     ScenarioError
         If there are no cases, or a file is not readable as one.
     """
-    found: dict[str, list[tuple[str, int, float]]] = {}
-    for name, case in _read(cases):
-        family = str(case.get("family", "network"))
-        found.setdefault(family, []).append((name, len(case["flows"]), network_error(case)))
+    found: dict[str, list[Replayed]] = {}
+    for name, content in _read(cases):
+        for answer in _replay(name, content):
+            found.setdefault(answer.family, []).append(answer)
     if not found:
         raise ScenarioError(f"{cases}: no reference cases (*.json) there")
     results = []
-    for family, entries in sorted(found.items()):
-        worst_case, _, worst = max(entries, key=lambda entry: entry[2])
-        n_flows = sum(entry[1] for entry in entries)
-        results.append(FamilyResult(family, len(entries), n_flows, worst, worst_case))
+    for family, answers in sorted(found.items()):
+        worst = max(answers, key=lambda answer: (answer.error > answer.tolerance, answer.error))
+        results.append(FamilyResult(family, len(answers), worst.error, worst.case, worst.tolerance))
     return results
 
 
@@ -104,11 +107,26 @@ def network_error(case: Mapping[str, Any]) -> float:
     return worst
 
 
-def _read(cases: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, case) of every case."""
+def _replay(name: str, content: Any) -> Iterator[Replayed]:
+    if is_collective_reference(content):
+        yield from replay_collectives(content)
+        return
+    for index, case in enumerate(content if isinstance(content, list) else [content]):
+        if not isinstance(case, dict) or not {"links", "flows", "finish_s"} <= case.keys():
+            raise ScenarioError(
+                f"{name}: entry {index} is neither a network case (links, flows, finish_s) nor "
+                "answers for collectives"
+            )
+        family = f"network {case.get('family', 'case')}"
+        yield Replayed(family, str(case.get("name", name)), network_error(case), TOLERANCE)
+
+
+def _read(cases: Path | None) -> Iterator[tuple[str, Any]]:
+    """Yield the name and content of every file."""
     if cases is None:
-        data = resources.files("fedsim").joinpath("reference/network.json.gz").read_bytes()
-        yield from _cases_of("network.json.gz", data)
+        for name in _SHIPPED:
+            data = resources.files("fedsim").joinpath("reference", name).read_bytes()
+            yield name, _content(name, data)
         return
     if not cases.exists():
         raise ScenarioError(f"{cases}: no such file or directory")
@@ -116,18 +134,11 @@ def _read(cases: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if cases.is_dir():
         files = sorted([*cases.glob("*.json"), *cases.glob("*.json.gz")])
     for file in files:
-        yield from _cases_of(str(file), file.read_bytes())
+        yield str(file), _content(str(file), file.read_bytes())
 
 
-def _cases_of(name: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _content(name: str, data: bytes) -> Any:
     try:
-        text = gzip.decompress(data) if name.endswith(".gz") else data
-        content = json.loads(text)
+        return json.loads(gzip.decompress(data) if name.endswith(".gz") else data)
     except (OSError, EOFError, ValueError) as error:
         raise ScenarioError(f"{name}: not JSON ({error})") from error
-    for index, case in enumerate(content if isinstance(content, list) else [content]):
-        if not isinstance(case, dict) or not {"links", "flows", "finish_s"} <= case.keys():
-            raise ScenarioError(
-                f"{name}: entry {index} is no network case (needs links, flows and finish_s)"
-            )
-        yield str(case.get("name", name)), case

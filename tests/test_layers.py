@@ -10,7 +10,7 @@ LAYERS = [
     {"errors"},
     {"streams", "units"},
     {"registry"},
-    {"document"},
+    {"document", "graphs"},
     {"scenario", "data"},
     {"network", "learning", "devices", "recorder"},
     {"results"},

@@ -2,7 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+<<<<<<< HEAD
 from functools import partial
+=======
+from typing import Literal
+>>>>>>> main
 
 import numpy as np
 import torch
@@ -197,7 +201,9 @@ def _evaluate(
     batch: Sequence[Message],
     config: LocalConfig,
 ) -> list[RecordDict]:
-    loss, accuracy, samples = trainer.evaluate_devices(base, rows, who)
+    has_tests = getattr(trainer.data, "local_test_size", None) is not None
+    split: Literal["train", "test"] = "test" if has_tests else "train"
+    loss, accuracy, samples = trainer.evaluate_devices(base, rows, who, split=split)
     return [
         RecordDict(
             {"metrics": MetricRecord({"num-examples": n, "eval_loss": x, "eval_accuracy": a})}

@@ -25,27 +25,32 @@ class Failure:
         A partition of nodes: links between nodes of different parts are down. Nodes that are
         named nowhere keep all their links.
     start, end : float, s
-        Down from `start` until `end`.
+        Down from `start` until `end`; for good without one.
     """
 
     link: str | None = None
     node: int | None = None
     parts: list[list[int]] | None = None
     start: Duration = 0.0
-    end: Duration = inf
+    end: Duration | None = None
 
     def __post_init__(self) -> None:
         given = sum(each is not None for each in (self.link, self.node, self.parts))
         if given != 1:
             raise ScenarioError(f"a failure has one of link, node and parts; this one has {given}")
-        if not 0 <= self.start < self.end:
+        if not 0 <= self.start < self.until:
             raise ScenarioError(
-                f"a failure must end after its start, from {self.start:g} s to {self.end:g} s"
+                f"a failure must end after its start, from {self.start:g} s to {self.end} s"
             )
         if self.parts is not None:
             nodes = [node for part in self.parts for node in part]
             if len(self.parts) < 2 or len(set(nodes)) < len(nodes):
                 raise ScenarioError("a partition has two parts or more, without common nodes")
+
+    @property
+    def until(self) -> float:
+        """Time (s) at which it ends; inf if it never does."""
+        return inf if self.end is None else self.end
 
     def sides(self) -> dict[int, int]:
         """Return which part of a partition each node is in."""
@@ -70,7 +75,7 @@ class Scheduled:
 def windows(failures: Iterable[Failure]) -> list[tuple[float, float]]:
     """Return the times (s) during which any failure holds, merged and ascending."""
     merged: list[tuple[float, float]] = []
-    for start, end in sorted((failure.start, failure.end) for failure in failures):
+    for start, end in sorted((failure.start, failure.until) for failure in failures):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:

@@ -43,9 +43,9 @@ class TransferOptions:
     link_down : {"stall", "fail", "reroute"}
         What a link that goes down does to payloads on it: they wait and go on where they were;
         they fail at once; they take another route (and wait where there is none).
-    stall_timeout : float, s
+    stall_timeout : float, s, optional
         A payload fails after its rate has been 0 for this long without interruption.
-    timeout : float, s
+    timeout : float, s, optional
         A payload fails this long after it was first sent, whatever its state.
     retries : int
         How often a message that was lost or failed (not: timed out) is sent again, from its start.
@@ -64,7 +64,7 @@ class TransferOptions:
         Round trips before a payload sets off.
     startup : {"none", "slow_start"}
         ``slow_start``: the rate begins at ten packets a round trip and doubles with each.
-    window_bytes : float
+    window_bytes : int, optional
         At most so much is under way: the rate is at most window / RTT.
     fairness : {"maxmin", "rtt", "none"}
         How payloads share a link: equally (times their weight); in inverse proportion to the
@@ -74,8 +74,8 @@ class TransferOptions:
     message_loss: float = 0.0
     loss: Literal["none", "goodput", "tcp", "drop"] = "none"
     link_down: Literal["stall", "fail", "reroute"] = "stall"
-    stall_timeout: Duration = inf
-    timeout: Duration = inf
+    stall_timeout: Duration | None = None
+    timeout: Duration | None = None
     retries: int = 0
     backoff: Duration = 1.0
     header_bytes: Size = 0
@@ -84,7 +84,7 @@ class TransferOptions:
     header_efficiency: float = 1.0
     handshake_rtts: float = 0.0
     startup: Literal["none", "slow_start"] = "none"
-    window_bytes: float = inf
+    window_bytes: Size | None = None
     fairness: Literal["maxmin", "rtt", "none"] = "maxmin"
 
     def __post_init__(self) -> None:
@@ -99,8 +99,11 @@ class TransferOptions:
                 raise NetworkError(f"{name} is {getattr(self, name)!r}; one of {', '.join(valid)}")
         rules = [
             (0 <= self.message_loss < 1, "message_loss must be at least 0 and below 1"),
-            (self.stall_timeout > 0, "stall_timeout must be positive"),
-            (self.timeout > 0, "timeout must be positive"),
+            (
+                self.stall_timeout is None or self.stall_timeout > 0,
+                "stall_timeout must be positive",
+            ),
+            (self.timeout is None or self.timeout > 0, "timeout must be positive"),
             (self.retries >= 0, "retries must not be negative"),
             (self.backoff >= 0, "backoff must not be negative"),
             (self.header_bytes >= 0, "header_bytes must not be negative"),
@@ -108,7 +111,7 @@ class TransferOptions:
             (self.packet_header_bytes >= 0, "packet_header_bytes must not be negative"),
             (0 < self.header_efficiency <= 1, "header_efficiency must be above 0, at most 1"),
             (self.handshake_rtts >= 0, "handshake_rtts must not be negative"),
-            (self.window_bytes > 0, "window_bytes must be positive"),
+            (self.window_bytes is None or self.window_bytes > 0, "window_bytes must be positive"),
         ]
         for is_kept, rule in rules:
             if not is_kept:
@@ -140,7 +143,7 @@ class TransferOptions:
         if latency <= 0:
             return inf
         rtt = 2.0 * latency
-        cap = 8.0 * self.window_bytes / rtt
+        cap = inf if self.window_bytes is None else 8.0 * self.window_bytes / rtt
         if self.loss == "tcp" and loss * size_bytes / self.packet_bytes >= _MIN_LOSSES:
             segments = sqrt(3.0 / (2.0 * _SEGMENTS_PER_ACK * loss))
             cap = min(cap, 8.0 * self.packet_bytes / rtt * segments)

@@ -78,9 +78,7 @@ class LinkStates:
 
     def is_up(self, link: int, now: float) -> bool:
         """Tell whether a link exists at a time."""
-        if self._is_forced_down(link) or is_within(self._windows(link), now):
-            return False
-        if self._edges is not None and self._pair(link) not in self._edges:
+        if self._is_cut(link, now):
             return False
         history = self._history(link)
         return history is None or history.state_at(now).is_up
@@ -91,7 +89,7 @@ class LinkStates:
         state = UP if history is None else history.state_at(now)
         own_loss = 0.0 if self._loss is None else self._loss.item(link)
         loss = own_loss + state.loss - own_loss * state.loss
-        if not self.is_up(link, now):
+        if not state.is_up or self._is_cut(link, now):
             return False, 0.0, loss, state.burst
         own = self._bandwidth.item(link)
         rate = own if state.bandwidth_bps is None else state.bandwidth_bps
@@ -187,6 +185,12 @@ class LinkStates:
             del histories[next(iter(histories))]
         histories[name] = history
         return history
+
+    def _is_cut(self, link: int, now: float) -> bool:
+        """Tell whether something other than its model keeps a link down."""
+        if self._is_forced_down(link) or is_within(self._windows(link), now):
+            return True
+        return self._edges is not None and self._pair(link) not in self._edges
 
     def _pair(self, link: int) -> tuple[int, int]:
         a, b = self._wiring.ends(link)

@@ -208,9 +208,17 @@ class TraceHistory:
         self._duration = trace.duration
         self._end = end
         self._offset = offset
+        self._last = (
+            -inf,
+            0.0,
+            0,
+        )  # the last answer of `_locate`: state and change are asked in turn
 
     def _locate(self, time: float) -> tuple[float, int]:
         """Return the start (virtual time) of the pass that a time is in, and the interval there."""
+        asked, start, index = self._last
+        if asked == time:
+            return start, index
         start = -self._offset
         if self._end == "loop":
             n_passes = math.floor((time - start) / self._duration)
@@ -221,6 +229,7 @@ class TraceHistory:
             elif time >= (n_passes + 1) * self._duration - self._offset:
                 start = (n_passes + 1) * self._duration - self._offset
         index = self._index(start, time)
+        self._last = (time, start, index)
         return start, index
 
     def _index(self, start: float, time: float) -> int:

@@ -81,6 +81,34 @@ class Transfer(simpy.Event):
     is_over : bool
     """
 
+    __slots__ = (
+        "attempts",
+        "bits_left",
+        "cap_bps",
+        "consumption",
+        "destination",
+        "drop_draw",
+        "first_byte",
+        "flow",
+        "is_over",
+        "is_waiting",
+        "latency",
+        "log_survival",
+        "loss",
+        "network",
+        "next_growth",
+        "rate_cap",
+        "route",
+        "size_bytes",
+        "source",
+        "stalled_since",
+        "started",
+        "version",
+        "weight",
+        "will_be_lost",
+        "wire_bits",
+    )
+
     def __init__(
         self,
         network: "Network",
@@ -240,7 +268,7 @@ class Network:
             self.options.loss == "none"
             and self.options.startup == "none"
             and self.options.fairness != "rtt"
-            and self.options.window_bytes == inf
+            and self.options.window_bytes is None
             and self.options.header_efficiency == 1.0
         )
         self._clock = Clock(env, self._on_due, self._on_end)
@@ -303,10 +331,9 @@ class Network:
                 for link in self._wiring.find(name)
             }
         self._active[transfer] = None
-        if self.options.timeout < inf:
-            self._clock.at(
-                self.env.now + self.options.timeout, EXPIRY, self._expire, transfer, WHILE_OPEN
-            )
+        if self.options.timeout is not None:
+            end = self.env.now + self.options.timeout
+            self._clock.at(end, EXPIRY, self._expire, transfer, WHILE_OPEN)
         self._release(transfer, self.env.now)
         if transfer.flow is not None:
             self._note_stalls()
@@ -361,8 +388,15 @@ class Network:
         edges : iterable of (int, int), optional
             Only the links between these pairs of nodes exist in this round; by default all.
 
-        Payloads that are on their way finish; the new round holds for those that follow.
+        A link that is in use stays as it is until nothing is on it, so that payloads on their way
+        finish.
         """
+        for transfer in self._active:
+            for link in () if transfer.is_waiting else transfer.route:
+                watch = self._watches.get(link)
+                if watch is None:
+                    watch = self._watches[link] = _Watch(link)
+                watch.users[transfer] = None
         self._states.start_round(number, edges)
 
     def link_name(self, link: int) -> str:
@@ -782,7 +816,8 @@ class Network:
 
     def _note_stalls(self) -> None:
         """Start and stop the clocks of payloads whose rate is 0; rates are up to date."""
-        if self.options.stall_timeout == inf or self._fluid.is_dirty:
+        stall_timeout = self.options.stall_timeout
+        if stall_timeout is None or self._fluid.is_dirty:
             return
         now = self.env.now
         for transfer in self._active:
@@ -790,11 +825,11 @@ class Network:
                 transfer.stalled_since = nan
             elif isnan(transfer.stalled_since):
                 transfer.stalled_since = now
-                when = now + self.options.stall_timeout
+                when = now + stall_timeout
                 self._clock.at(when, EXPIRY, self._give_up_stalled, transfer, WHILE_OPEN)
 
     def _give_up_stalled(self, transfer: Transfer, now: float) -> None:
-        if now - transfer.stalled_since >= self.options.stall_timeout * (1 - 1e-12):
+        if now - transfer.stalled_since >= (self.options.stall_timeout or 0.0) * (1 - 1e-12):
             transfer.stalled_since = nan
             self._miss(transfer, "failed", "stalled")
 

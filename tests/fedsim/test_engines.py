@@ -175,14 +175,15 @@ def assert_equal_to_plain_loop(family, config, sizes, engines, chunks, control_s
                     for i in range(len(sizes))
                 ]
             for i, (flat, loss) in enumerate(expected):
-                assert (result.params[i] - flat).abs().max() < 1e-10, (engine, chunk, i)
-                assert abs(result.loss[i] - loss) < 1e-10
+                limit = 1e-8 if family == "batch norm" else 1e-10
+                assert (result.params[i] - flat).abs().max() < limit, (engine, chunk, i)
+                assert abs(result.loss[i] - loss) < limit
 
 
 LINEAR = ("softmax", "mlp", "tanh", "regression", "logistic")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     optimiser=st.sampled_from(sorted(OPTIMISERS)),
@@ -196,8 +197,10 @@ LINEAR = ("softmax", "mlp", "tanh", "regression", "logistic")
 def test_batched_training_equals_the_plain_loop(
     family, optimiser, sizes, batch_size, epochs, steps, chunk, control
 ):
-    if family == "batch norm":  # torch refuses the variance of one sample
-        batch_size, sizes = batch_size or 3, [n + (n % (batch_size or 3) == 1) for n in sizes]
+    if family == "batch norm":
+        # Of two samples that nearly coincide in a feature, the normalised values are ±1 and their
+        # derivative is a difference of rounding errors times 1 / sqrt(epsilon): three or more.
+        batch_size, sizes = 5, [n + 3 + 2 * ((n + 3) % 5 in (1, 2)) for n in sizes]
     config = LocalConfig(
         **{"learning_rate": 0.1, **OPTIMISERS[optimiser]},
         batch_size=batch_size,

@@ -1,13 +1,13 @@
 import math
 from itertools import pairwise
 from math import inf
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim import registry
 from fedsim.errors import NetworkError, ScenarioError
 from fedsim.network import (
     Correlated,
@@ -16,6 +16,7 @@ from fedsim.network import (
     Mobility,
     OnOff,
     Redraw,
+    Scheduled,
     Sinusoid,
     Trace,
     read_trace,
@@ -336,12 +337,29 @@ def test_impossible_models_are_refused(make, reason):
         make()
 
 
-def shared_traces():
-    folder = Path(__file__).parents[2] / "../shared/data/traces"
-    return sorted(folder.glob("*/*.csv"))
-
-
-@pytest.mark.skipif(not shared_traces(), reason="the recorded traces are not there")
-def test_recorded_traces_can_be_read():
-    for path in shared_traces():
-        assert read_trace(path).mean_bps > 0
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (
+            {"kind": "links:OnOff", "mean_up": "1 min", "mean_down": "20 s"},
+            OnOff(mean_up=60.0, mean_down=20.0),
+        ),
+        (
+            {"kind": "links:GilbertElliott", "to_bad": 0.1, "to_good": 0.5, "loss_bad": 0.2},
+            GilbertElliott(to_bad=0.1, to_good=0.5, loss_bad=0.2),
+        ),
+        ({"kind": "links:Sinusoid", "phase": "random"}, Sinusoid(phase="random")),
+        (
+            {"kind": "links:Correlated", "mean_up": "1 h", "mean_down": "5 s", "groups": [[1, 2]]},
+            Correlated(mean_up=3600.0, mean_down=5.0, groups=[[1, 2]]),
+        ),
+        ({"kind": "links:Redraw", "density": 0.5, "period": "9 s"}, Redraw(density=0.5, period=9)),
+        ({"kind": "mobility:Mobility", "range": 9.0, "pause": "2 s"}, Mobility(range=9.0, pause=2)),
+        (
+            {"kind": "failures:Scheduled", "failures": [{"link": "up-3", "start": "10 s"}]},
+            Scheduled(failures=[Failure(link="up-3", start=10.0)]),
+        ),
+    ],
+)
+def test_models_can_be_written_in_a_scenario(spec, expected):
+    assert registry.build("link", spec | {"kind": f"fedsim.network.{spec['kind']}"}) == expected
