@@ -2,11 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-<<<<<<< HEAD
 from functools import partial
-=======
 from typing import Literal
->>>>>>> main
 
 import numpy as np
 import torch

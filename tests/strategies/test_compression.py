@@ -28,7 +28,9 @@ from strategies.compression import (
 from strategies.encodings import BitReader, join_bits, omega_codes, omega_lengths
 from strategies.halves import KeyedDraws
 
-VECTORS = json.loads((Path(__file__).parents[1] / "reference/encoding_vectors.json").read_text())
+VECTORS = json.loads(
+    (Path(__file__).parents[2] / "fedsim/reference/encoding_vectors.json").read_text()
+)
 ALL = [
     Identity(),
     Cast("float32"),
