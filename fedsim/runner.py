@@ -33,6 +33,7 @@ from fedsim.data.partition import check_parts
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, MissingDataError, ScenarioError
 from fedsim.executors.clientapp import ClientAppExecutor, check_app, device_app, mods_needed_by
+from fedsim.executors.halves import DeviceHalf
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
@@ -481,16 +482,25 @@ def _local_config(scenario: Scenario) -> LocalConfig:
     return LocalConfig(**given)
 
 
+def _halves_of(strategy: Any) -> tuple[DeviceHalf, ...]:
+    """Return the device halves of a strategy and of those that it wraps, the outermost first."""
+    found: list[DeviceHalf] = []
+    while strategy is not None:
+        found += getattr(strategy, "device_halves", ())
+        strategy = getattr(strategy, "strategy", None)
+    return tuple(found)
+
+
 def _build_executor(
     scenario: Scenario, trainer: Trainer, plan: WorkPlan, strategy: object
 ) -> Executor:
-    mods = mods_needed_by(strategy)
+    mods, halves = mods_needed_by(strategy), _halves_of(strategy)
     app, run_config = None, dict[str, Any]()
     if scenario.executor.kind == "client_app":
         execution = registry.build("executor", scenario.executor.spec())
         app, run_config = execution.app, execution.run_config or {}
     elif not mods:
-        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
+        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE, halves=halves)
     else:
         _log.warning(
             "%s: clipping happens in a mod on the devices, so they run one at a time "
@@ -498,7 +508,7 @@ def _build_executor(
             ", ".join(scenario.strategies),
         )
     if app is None:
-        app = device_app(trainer, plan, mods)
+        app = device_app(trainer, plan, [*mods, *(half.as_mod() for half in halves)])
     else:
         check_app(app)
     defaults = {**training_config(_local_config(scenario)), "num-server-rounds": scenario.rounds}

@@ -151,7 +151,8 @@ def device_app(trainer: Trainer, plan: WorkPlan, mods: Sequence[Mod] = ()) -> Cl
     trainer, plan
         Who works, and who reads the instructions.
     mods : sequence of Mod
-        Flower mods around training.
+        Flower mods around training: what the strategy's device halves are here, and what Flower's
+        own strategies need.
     """
     app = ClientApp()
 

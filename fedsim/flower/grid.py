@@ -60,6 +60,10 @@ class Executor(Protocol):
     is_stateful : bool
         Whether a device keeps state from one instruction to the next. Then an instruction is
         computed only when its device has begun to work on it, in the device's own order.
+
+    An executor that computes ahead and keeps state has two methods more: ``can_compute(message)``
+    tells whether the state a message meets is known, and ``settle(message_id, has_arrived=...)``
+    is called when its reply arrives or is lost.
     """
 
     is_stateful: bool
@@ -212,6 +216,10 @@ class NetworkGrid(Grid):
         self.recorder: Recorder | None = None
         self.on_train_push: Callable[[], None] = lambda: None
         self._executor = executor
+        self._can_compute: Callable[[Message], bool] = getattr(
+            executor, "can_compute", lambda message: True
+        )
+        self._settle: Callable[..., None] = getattr(executor, "settle", lambda i, has_arrived: None)
         self._work = work
         self._loss_reply = loss_reply
         self._header_bytes = header_bytes
@@ -532,7 +540,7 @@ class NetworkGrid(Grid):
         if flight.known_bytes is not None:
             return flight.known_bytes + self._header_bytes
         if flight.reply is None:
-            self._compute()
+            self._compute(needed=flight)
         assert flight.reply is not None
         if flight.reply.has_error():
             return None
@@ -571,6 +579,7 @@ class NetworkGrid(Grid):
             self._lost.add(trip.message_id)
             if flight is not None and not flight.is_expired:
                 self._lose(flight)
+        self._settle(trip.message_id, has_arrived=not trip.is_lost)
         if trip.is_lost or given_up is not None:
             self._uncomputed.pop(trip.message_id, None)
         self._waiting.discard(trip.message_id)
@@ -618,9 +627,16 @@ class NetworkGrid(Grid):
 
     # --- computing and handing over -----------------------------------------------------------
 
-    def _compute(self, also: Sequence[_Flight] = ()) -> None:
-        """Compute all instructions under way in one call."""
-        flights = [*self._uncomputed.values(), *also]
+    def _compute(self, also: Sequence[_Flight] = (), needed: _Flight | None = None) -> None:
+        """Compute all instructions under way in one call: of a device the first, if it keeps state.
+
+        The one that is `needed` is computed in any case.
+        """
+        flights = [
+            flight
+            for flight in (*self._uncomputed.values(), *also)
+            if flight is needed or flight.message is None or self._can_compute(flight.message)
+        ]
         if self._executor.is_stateful:
             flights = [flight for flight in flights if not math.isnan(flight.trip.computed)]
             flights.sort(key=lambda flight: flight.trip.received)
