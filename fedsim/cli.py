@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from importlib import resources
@@ -157,6 +159,19 @@ def _named_after(file: Path) -> Iterator[None]:
         raise ScenarioError(f"{file}: {error}") from error
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _check_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise typer.BadParameter(f"'{value}' is not auto, cpu, cuda or cuda:N")
@@ -214,7 +229,7 @@ def run(
 
     display = _Display(scenario, is_quiet=quiet)
     try:
-        with display, _named_after(file):
+        with _terminable(), display, _named_after(file):
             result = runner.run(
                 scenario,
                 out,

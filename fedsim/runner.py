@@ -7,17 +7,23 @@ of a scenario and writes the records.
 import logging
 import math
 import multiprocessing
+import os
 import platform
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -551,7 +557,8 @@ def run(
     out : Path, optional
         The directory to write (see the file contract in docs); None keeps everything in memory.
     jobs : int
-        Strategies to run side by side, in processes; the files are the same.
+        Strategies to run side by side, in processes; the files are the same. More than 1 needs
+        ``if __name__ == "__main__":`` around the call in a script, which each process imports.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     data_dir : Path, optional
@@ -574,13 +581,16 @@ def run(
     RunError
         If a strategy failed; all the others are complete and on disk.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False) and jobs > 1:
+        raise SystemExit(1)  # a process of ours imports an unguarded script; the parent tells
     if jobs < 1:
         raise ScenarioError(f"jobs: {jobs} is not at least 1")
     out = None if out is None else Path(out)
     names = list(scenario.strategies)
-    with one_thread():
+    with one_thread(), ExitStack() as stack:
         load = _loader(scenario, data_dir)
         simulations = {name: _connect(scenario, name, device, load) for name in names}
+        manager = stack.enter_context(_manager()) if jobs > 1 and len(names) > 1 else None
         finished: dict[str, StrategyResult] = {}
         if out is not None:
             finished = _prepare(scenario, out, resume=resume, force=force)
@@ -589,13 +599,14 @@ def run(
         for name, kept in finished.items():
             progress(_kept(name, kept, scenario.rounds))
         todo = [name for name in names if name not in finished]
-        if jobs == 1 or len(todo) < 2:
+        if manager is None or len(todo) < 2:
             for name in todo:
                 runs.note(name, *_run_one(simulations.pop(name), out, progress))
         else:
             simulations.clear()
             settings = (scenario, out, device, data_dir)
-            _run_in_processes(runs, todo, min(jobs, len(todo)), settings, progress)
+            queue = manager.Queue()
+            _run_in_processes(runs, todo, min(jobs, len(todo)), settings, queue, progress)
     result = runs.result()
     if out is not None:
         write_report(out)
@@ -743,14 +754,11 @@ def _run_in_processes(
     names: Sequence[str],
     jobs: int,
     settings: tuple[Scenario, Path | None, str, Path | None],
+    queue: Any,
     progress: Callable[[Progress], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(jobs, mp_context=context) as pool,
-    ):
-        queue = manager.Queue()
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(_work, settings, name, queue): name for name in names}
         pending = set(futures)
         try:
@@ -764,10 +772,49 @@ def _run_in_processes(
                 if pending and not done:
                     wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
         except BaseException:
-            for process in multiprocessing.active_children():
+            for process in pool._processes.values():
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _manager() -> SyncManager:
+    """Return a started process for the queue of progress.
+
+    Raises
+    ------
+    ScenarioError
+        If processes cannot be started, since the script that calls would start itself again.
+    """
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    try:
+        manager.start(initializer=_die_with_parent)
+    except EOFError:
+        raise ScenarioError(
+            "jobs: more than 1 needs processes, which import the script that calls fedsim.run; "
+            "put the call under  if __name__ == '__main__':"
+        ) from None
+    return manager
+
+
+def _start_worker() -> None:
+    """Let the parent alone decide when a worker ends: on Ctrl-C, SIGTERM, or its own death."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception: files are closed
+
+
+def _die_with_parent() -> None:
+    """End this process as soon as its parent is no more, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(
