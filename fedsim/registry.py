@@ -73,7 +73,6 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "adom": "strategies.accelerated:ADOM",
             "bulyan": "strategies.linear:Bulyan",
             "choco_sgd": "strategies.choco:ChocoSGD",
-            "compressed": "strategies.compressed:Compressed",
             "compressed_sgd": "strategies.mcm:CompressedSGD",
             "d2": "strategies.tracking:D2",
             "dp_client_adaptive": "flwr.serverapp.strategy:"

@@ -23,7 +23,7 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {
     "torch": {"data", "learning", "flower", "executors", "strategies"},
-    "simpy": {"network", "flower", "runner"},
+    "simpy": {"network", "flower", "runner", "verify"},
     "flwr": {"flower", "executors", "app", "strategies"},
     "yaml": {"document", "scenario"},
     "typer": {"cli"},
