@@ -22,7 +22,7 @@ LAYERS = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {
-    "torch": {"data", "learning", "flower", "executors", "strategies"},
+    "torch": {"data", "learning", "flower", "executors", "strategies", "verify"},
     "simpy": {"network", "flower", "runner", "verify"},
     "flwr": {"flower", "executors", "app", "strategies"},
     "yaml": {"document", "scenario"},
