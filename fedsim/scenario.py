@@ -427,6 +427,8 @@ class NetworkOptions(_Section):
     """Share of a link's rate that is payload: 0.9653 for TCP over 1500-byte packets."""
     fairness: Literal["maxmin", "rtt", "none"] = "maxmin"
     """How transfers share a link: equally; in inverse proportion to their latency; not at all."""
+    late: Literal["finish", "cancel"] = "finish"
+    """What becomes of messages on their way when a round times out."""
     failures: list[FailureEntry] = Field(default_factory=list)
     """What fails when, whatever the `links` do."""
     header_bytes: int = Field(default=0, ge=0)

@@ -179,6 +179,8 @@ class NetworkGrid(Grid):
         Cast float arrays on the way down to the dtype their key first had.
     free_evaluation : bool
         Evaluate messages take no time and no bytes and are never lost.
+    cancel_late : bool
+        What a timeout of `send_and_receive` finds on its way is cancelled; else it travels on.
     peers : PeerGraph, optional
         Who a device's neighbours are where an instruction does not say.
     seed : int
@@ -205,6 +207,7 @@ class NetworkGrid(Grid):
         accounting: Literal["dense", "flower"] = "dense",
         keep_dtypes: bool = True,
         free_evaluation: bool = False,
+        cancel_late: bool = False,
         peers: PeerGraph | None = None,
         seed: int = 0,
         keep_trips: bool = False,
@@ -227,6 +230,7 @@ class NetworkGrid(Grid):
         self._is_dense = accounting == "dense"
         self._keep_dtypes = keep_dtypes
         self._free_evaluation = free_evaluation
+        self._cancel_late = cancel_late
         self._peers = peers
         hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
         self._neighbours = Neighbours(network, fleet, len(fleet), hooks, seed=seed)
@@ -351,8 +355,11 @@ class NetworkGrid(Grid):
         replies = self._collect(ids)
         for message_id in ids:
             if message_id in self._flights:
-                self._flights[message_id].trip.is_closed = True
-                self._abandon(self._flights[message_id])
+                flight = self._flights[message_id]
+                flight.trip.is_closed = True
+                self._abandon(flight)
+                if self._cancel_late:
+                    flight.trip.cancel()
         return replies
 
     # --- what a simulated grid can tell besides -----------------------------------------------
@@ -572,7 +579,10 @@ class NetworkGrid(Grid):
         if self.recorder is not None and is_between and not math.isnan(trip.computed):
             self._record_work(trip)
         if trip.is_lost:
-            self._traffic.messages_lost += not is_between and trip.outcome != "failed-device"
+            self._traffic.messages_lost += not is_between and trip.outcome not in (
+                "failed-device",
+                "cancelled",
+            )
         elif any(f is not None and self.env.now > f.expires for f in (flight, given_up)):
             trip.outcome = "expired"
         if trip.is_lost:

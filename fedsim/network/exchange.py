@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import simpy
 
 from fedsim.errors import NetworkError
-from fedsim.network.transfers import Delivery, Network
+from fedsim.network.transfers import Delivery, Network, Transfer
 
 __all__ = ["Compute", "Trip", "at", "serve", "then"]
 
@@ -65,7 +65,10 @@ class Trip:
     outcome : str
         ``pending``, ``ok``, ``error`` (the app failed), ``offline``, ``lost-down``, ``lost-up``,
         ``failed-down``, ``failed-up`` (a link broke), ``failed-device`` (the device went away and
-        dropped the work) or ``expired`` (the reply outlived its TTL).
+        dropped the work), ``cancelled-down``, ``cancelled`` (during its work), ``cancelled-up``
+        or ``expired`` (the reply outlived its TTL).
+    transfer : Transfer or None
+        The payload that is under way between server and device.
     """
 
     message_id: str
@@ -85,6 +88,14 @@ class Trip:
     neighbours: tuple[int, ...] = ()
     payloads: dict[int, Any] = field(default_factory=dict)
     is_closed: bool = False
+    is_cancelled: bool = False
+    transfer: Transfer | None = None
+
+    def cancel(self) -> None:
+        """Take its payload off the network, and send no reply when its work is done."""
+        self.is_cancelled = True
+        if self.transfer is not None:
+            self.transfer.cancel()
 
     @property
     def has_arrived(self) -> bool:
@@ -143,13 +154,13 @@ def serve(
             observe(trip, way, delivery)
         if delivery.outcome == "delivered":
             return True
-        end(f"{delivery.outcome}-{way}")
+        end(f"{'cancelled' if trip.is_cancelled else delivery.outcome}-{way}")
         return False
 
     def receive(event: simpy.Event) -> None:
         if not is_delivered(event, "down"):
             return
-        trip.received = env.now
+        trip.received, trip.transfer = env.now, None
         if not compute.is_available(trip.device, env.now):
             end("offline")
             return
@@ -162,9 +173,12 @@ def serve(
             at(env, ended, lambda _: end("failed-device"))
 
     def reply(_: simpy.Event) -> None:
+        if trip.is_cancelled:
+            end("cancelled")
+            return
         trip.bytes_up = reply_bytes(trip)
         compute.count_bytes(trip.device, sent=trip.bytes_up)
-        upload = network.transfer(trip.device, server, trip.bytes_up)
+        trip.transfer = upload = network.transfer(trip.device, server, trip.bytes_up)
         then(upload, arrive)
 
     def arrive(event: simpy.Event) -> None:
@@ -172,7 +186,8 @@ def serve(
             end("ok")
 
     if compute.is_available(trip.device, env.now):
-        then(network.transfer(server, trip.device, trip.bytes_down), receive)
+        trip.transfer = network.transfer(server, trip.device, trip.bytes_down)
+        then(trip.transfer, receive)
     else:
         at(env, env.now, lambda _: end("offline"))
 

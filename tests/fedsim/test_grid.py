@@ -546,3 +546,23 @@ def test_nothing_arrives_before_it_can_and_no_byte_is_lost_sight_of(
     assert traffic.bytes_down == 8 * MODEL_BYTES
     assert traffic.bytes_up == sent_up * MODEL_BYTES
     assert traffic.messages_lost == sum(trip.is_lost for trip in world.grid.trips)
+
+
+def test_late_messages_can_be_taken_off_the_network():
+    """Device 0 is in time, 1 still receives, 2 still works, 3 is on its way back."""
+    work = LOCAL.local_epochs * make_world(4).trainer.data.size
+    world = make_world(
+        4,
+        down=[1e9, 1e3, 1e9, 1e9],
+        up=[1e9, 1e9, 1e9, 1e3],
+        speed=[1e9, 1e9, float(work[2]) / 5, 1e9],
+        cancel_late=True,
+    )
+    assert sources(world.grid.send_and_receive(messages(world, range(4)), timeout=1.0)) == [0]
+    world.grid.advance(60)
+    outcomes = [trip.outcome for trip in world.grid.trips]
+    assert outcomes == ["ok", "cancelled-down", "cancelled", "cancelled-up"]
+    assert [trip.finished for trip in world.grid.trips[1:]] == [1.0, pytest.approx(5.0, abs=1e-3), 1.0]
+    traffic = world.grid.take_traffic()
+    assert traffic.messages_sent == 6
+    assert traffic.messages_lost == 2
