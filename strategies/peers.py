@@ -23,12 +23,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, sample_nodes
+from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from flwr.supercore import log
 from numpy.typing import NDArray
 from torch import Tensor
 
-from strategies.common import row_records, stack_of
+from strategies.common import mean_metrics, row_records, stack_of
 from topologies.attributes import DiGraph, Graph
 from topologies.mixing import metropolis, push_sum
 
@@ -409,13 +409,15 @@ class PeerStrategy(Strategy):
         rows = self.participants([self.nodes.index(node) for node in sorted(online)])
         records = row_records(self._stacks(self.query(self.state)), rows)
         asked = self._config(config, server_round)
+        shared = self._exchange(None)
+        exchanges = [shared if self._graph is None else self._exchange(row) for row in rows]
         return [
             Message(
-                RecordDict({"arrays": record, "config": asked, "exchange": self._exchange(row)}),
+                RecordDict({"arrays": record, "config": asked, "exchange": exchange}),
                 dst_node_id=self.nodes[row],
                 message_type="train",
             )
-            for row, record in zip(rows, records, strict=True)
+            for row, record, exchange in zip(rows, records, exchanges, strict=True)
         ]
 
     def _read_rate(self, config: ConfigRecord) -> None:
@@ -436,12 +438,12 @@ class PeerStrategy(Strategy):
             asked["local-steps"] = self.local_steps
         return asked
 
-    def _exchange(self, row: int) -> ConfigRecord:
+    def _exchange(self, row: int | None) -> ConfigRecord:
         record = ConfigRecord({"kind": "neighbours", "when": self.when, **self.exchange()})
         size = self.payload_bytes(self.state)
         if size is not None:
             record["payload_bytes"] = size
-        if self._graph is not None:
+        if self._graph is not None and row is not None:
             record["peers"] = [self.nodes[peer] for peer in sorted(self._graph.adj[row])]
         return record
 
@@ -499,8 +501,8 @@ class PeerStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the devices' metrics, weighted by their examples."""
-        contents = [message.content for message in self._valid(replies)]
-        return aggregate_metricrecords(contents, "num-examples") if contents else None
+        valid = self._valid(replies)
+        return mean_metrics(valid) if valid else None
 
     # --- rows and records ---------------------------------------------------------------------
 
@@ -601,7 +603,7 @@ class PeerStrategy(Strategy):
         return arrays
 
     def _metrics(self, valid: Sequence[Message]) -> MetricRecord:
-        metrics = aggregate_metricrecords([m.content for m in valid], "num-examples")
+        metrics = mean_metrics(valid)
         models = self.models(self.state)
         mean = models.mean(0)
         distance = float((models - mean).square().sum(1, dtype=torch.float64).mean())
