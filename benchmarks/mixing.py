@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.arrivals import mix
 from strategies.degrees import Adaptation, hypernetwork_degrees, learn, new_hypernetworks
 from strategies.mirror import weighted_power_mean, weighted_power_mean_and_slope
-from strategies.peers import mix
 from topologies import metropolis, random_regular
 
 

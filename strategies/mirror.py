@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from strategies.peers import matrix, mix
+from strategies.arrivals import matrix, mix
 
 __all__ = [
     "NEGATIVE_ENTROPY",
