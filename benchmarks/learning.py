@@ -10,10 +10,12 @@ device. Images come from Fashion-MNIST below FEDSIM_DATA, else they are random.
 import argparse
 import copy
 import json
-import resource
+import os
+import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +45,10 @@ MODELS = {
 def show(name, **values):
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
     print(json.dumps({"benchmark": name, **rounded}), flush=True)
+
+
+def machine():
+    show("machine", torch=torch.__version__, processor=platform.machine(), cores=os.cpu_count())
 
 
 def images(n):
@@ -230,7 +236,13 @@ def doubling(repeats):
 
 
 def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Resident peak since the last reset (Linux); a child's ru_maxrss begins at its parent's."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 1024
+
+
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory_of(kind):
@@ -251,6 +263,7 @@ def memory_of(kind):
     base, config = trainer.initial()[None], LocalConfig(batch_size=10)
     trainer.train(base, 0 * warm, warm, 1 + 0 * warm, config)
     mean, one = RunningMean(np.ones(k)), np.ones(k, int)
+    reset_peak()
     before, begin = peak_mb(), time.process_time()
     trainer.train(base, 0 * one, devices, one, config, collect=mean)
     show(
@@ -285,6 +298,7 @@ def main():
     if arguments.memory_of:
         memory_of(arguments.memory_of)
         return
+    machine()
     for function in BENCHMARKS:
         if not arguments.names or function.__name__ in arguments.names:
             function(arguments.repeats)

@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from importlib import resources
@@ -86,6 +88,9 @@ _Overrides = Annotated[
         help="Replace a value of the file, such as training.learning_rate=0.05; repeatable.",
     ),
 ]
+_DataDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
+]
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="Scenario, in YAML.")]
 
 
@@ -143,6 +148,30 @@ def _load(file: Path, overrides: list[str] | None) -> "Scenario":
     return load_scenario(file, overrides or [])
 
 
+@contextlib.contextmanager
+def _named_after(file: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong in it; options are not the file's."""
+    try:
+        yield
+    except ScenarioError as error:
+        if str(error).startswith(("--", "device:")):
+            raise
+        raise ScenarioError(f"{file}: {error}") from error
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _check_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise typer.BadParameter(f"'{value}' is not auto, cpu, cuda or cuda:N")
@@ -164,9 +193,7 @@ def run(
         ),
     ] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Strategies to run side by side.")] = 1,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where data files are looked for.")
-    ] = None,
+    data_dir: _DataDir = None,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also write a timeline that opens in Perfetto."),
@@ -195,12 +222,14 @@ def run(
         overrides = [*(overrides or []), "record.transfers=true"]
     scenario = _load(file, overrides)
     out = out or Path("runs") / file.stem
+    if trace is not None and (out.exists() or trace.parent != out):
+        _check_writable(trace)
 
     from fedsim import runner
 
     display = _Display(scenario, is_quiet=quiet)
     try:
-        with display:
+        with _terminable(), display, _named_after(file):
             result = runner.run(
                 scenario,
                 out,
@@ -231,6 +260,17 @@ def run(
         except OSError as error:
             raise ScenarioError(f"--trace: cannot write {trace}: {error.strerror}") from error
         typer.echo(f"timeline {trace}")
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written before a run has taken its time."""
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ScenarioError(f"--trace: cannot write {path}: {error.strerror}") from error
+    if is_new:
+        path.unlink()
 
 
 def _show_result(result: "RunResult", out: Path) -> None:
@@ -323,8 +363,11 @@ def validate(
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print the scenario with every default filled in.")
     ] = False,
+    data_dir: _DataDir = None,
 ) -> None:
     """Check a scenario file and run nothing.
+
+    Everything is built as a run would build it, its data included.
 
     [bold]Examples[/bold]
 
@@ -345,14 +388,21 @@ def validate(
         typer.echo(f"{file} is a valid study: {pairs} pairs of topology and collective")
         return
     scenario = _load(file, overrides)
+
+    from fedsim.runner import check
+
+    with _named_after(file):
+        missing = check(scenario, device="cpu", data_dir=data_dir)
     if resolved:
         typer.echo(scenario.to_yaml(), nl=False)
         return
     names = ", ".join(scenario.strategies)
     typer.echo(
-        f"{file} is valid: {scenario.data.devices} devices, {scenario.rounds} rounds, "
-        f"strategies {names}"
+        f"{file} is valid{', but' if missing else ''}: {scenario.data.devices} devices, "
+        f"{scenario.rounds} rounds, strategies {names}"
     )
+    if missing:
+        typer.echo(f"not checked: the data, the model and the devices. {missing}")
 
 
 @app.command()
@@ -511,7 +561,7 @@ def verify(
     from fedsim.verify import verify as replay_all
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("family", "cases", "flows", "worst error", "tolerance", ""):
+    for heading in ("family", "cases", "worst error", "tolerance", ""):
         table.add_column(heading, justify="left" if heading in ("family", "") else "right")
     results = replay_all(cases)
     for found in results:
@@ -519,7 +569,6 @@ def verify(
         table.add_row(
             found.family,
             str(found.n_cases),
-            str(found.n_flows),
             f"{found.worst:.1e}",
             f"{found.tolerance:.0e}",
             verdict,
@@ -527,6 +576,34 @@ def verify(
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if not all(found.is_passed for found in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def data(
+    data_dir: _DataDir = None,
+) -> None:
+    """Show which data files are present, where, and whether their content is the known one.
+
+    Files are looked for below --data-dir, else below FEDSIM_DATA, else below ./data.
+
+    [bold]Example[/bold]
+
+    fedsim data --data-dir ~/datasets
+    """
+    from fedsim.data.files import present_files
+    from fedsim.report.tables import format_bytes
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("data set", "part", "file", "size", "checksum"):
+        table.add_column(heading, justify="right" if heading == "size" else "left")
+    for found in present_files(data_dir):
+        if found.path is None:
+            table.add_row(found.file.dataset, found.file.part, f"no {found.file.names[0]}", "", "")
+            continue
+        verdict = {True: "known", False: "DIFFERENT", None: str(found.sha256)[:12]}[found.is_known]
+        size = format_bytes(found.size_bytes)
+        table.add_row(found.file.dataset, found.file.part, str(found.path), size, verdict)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 __all__ = [
     "FedsimError",
+    "MissingDataError",
     "NetworkError",
     "NoNodesError",
     "PayloadError",
@@ -15,6 +16,10 @@ class FedsimError(Exception):
 
 class ScenarioError(FedsimError):
     """The user's input is wrong: names the YAML path, the value and what is valid."""
+
+
+class MissingDataError(ScenarioError):
+    """The files of a well-known data set are not on this machine; the scenario may be right."""
 
 
 class NoNodesError(FedsimError):

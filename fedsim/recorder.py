@@ -4,7 +4,7 @@ The files are those of `fedsim.results`, which reads them back; this module hold
 
 Decision: JSON files never hold NaN or infinity, which are no JSON; a number that has no meaning is
 ``null``. Decision: a key of `summary.json` other than the contract's appears in one case only, a
-strategy that diverged, which says at which round and device.
+strategy that diverged, which says at which round and device, and why.
 """
 
 import json
@@ -432,6 +432,7 @@ def summarise(
     target: float | None = None,
     diverged: bool = False,
     diverged_device: int | None = None,
+    diverged_reason: str | None = None,
 ) -> dict[str, Any]:
     """Return a strategy's entry of `summary.json`.
 
@@ -442,7 +443,8 @@ def summarise(
         Accuracy from which on it counts as reached; None: there is none.
     diverged : bool
         Whether losses or parameters became non-finite; then the entry also has ``diverged_at``,
-        the round (None before the first) and `diverged_device` (None where it is the server).
+        the round (None before the first), `diverged_device` (None where it is the server) and
+        `diverged_reason`, in words.
 
     Returns
     -------
@@ -475,7 +477,11 @@ def summarise(
     }
     if diverged:
         last = rows[-1].round if rows else None
-        entry["diverged_at"] = {"round": last, "device": diverged_device}
+        entry["diverged_at"] = {
+            "round": last,
+            "device": diverged_device,
+            "reason": diverged_reason,
+        }
     return entry
 
 

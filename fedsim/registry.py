@@ -46,6 +46,7 @@ __all__ = [
     "TABLES",
     "Entry",
     "Parameter",
+    "PartError",
     "Problem",
     "arguments_model",
     "as_mapping",
@@ -57,6 +58,7 @@ __all__ = [
     "nearest",
     "parameters",
     "problems_of",
+    "reason",
     "resolve",
     "shown",
     "spec_schema",
@@ -71,6 +73,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "adom": "strategies.accelerated:ADOM",
             "bulyan": "strategies.linear:Bulyan",
             "choco_sgd": "strategies.choco:ChocoSGD",
+            "compressed_sgd": "strategies.mcm:CompressedSGD",
             "d2": "strategies.tracking:D2",
             "dp_client_adaptive": "flwr.serverapp.strategy:"
             "DifferentialPrivacyClientSideAdaptiveClipping",
@@ -98,40 +101,108 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "sgp": "strategies.push_sum:SGP",
             "swarm_sgd": "strategies.pairwise:SwarmSGD",
         },
-        "topology": {"star": "topologies.generators:star"},
+        "topology": {
+            "barabasi_albert": "topologies.random_graphs:barabasi_albert",
+            "bcube": "topologies.datacentre:bcube",
+            "complete": "topologies.generators:complete",
+            "dcell": "topologies.datacentre:dcell",
+            "dragonfly": "topologies.datacentre:dragonfly",
+            "erdos_renyi": "topologies.random_graphs:erdos_renyi",
+            "expander": "topologies.random_graphs:expander",
+            "exponential": "topologies.generators:exponential",
+            "fat_tree": "topologies.datacentre:fat_tree",
+            "file": "topologies.formats:from_file",
+            "grid": "topologies.generators:grid",
+            "hypercube": "topologies.generators:hypercube",
+            "leaf_spine": "topologies.datacentre:leaf_spine",
+            "line": "topologies.generators:line",
+            "random_geometric": "topologies.random_graphs:random_geometric",
+            "random_regular": "topologies.random_graphs:random_regular",
+            "research_network": "topologies.formats:research_network",
+            "ring": "topologies.generators:ring",
+            "star": "topologies.generators:star",
+            "torus": "topologies.generators:torus",
+            "tree": "topologies.generators:tree",
+            "watts_strogatz": "topologies.random_graphs:watts_strogatz",
+        },
         "link": {
             "constant": "fedsim.network.links:Constant",
+            "correlated": "fedsim.network.links:Correlated",
+            "gilbert_elliott": "fedsim.network.links:GilbertElliott",
+            "mobility": "fedsim.network.mobility:Mobility",
             "on_off": "fedsim.network.links:OnOff",
+            "redraw": "fedsim.network.links:Redraw",
+            "sinusoid": "fedsim.network.links:Sinusoid",
+            "trace": "fedsim.network.traces:Trace",
         },
         "dataset": {
+            "a9a": "fedsim.data.tables:load_a9a",
+            "cifar10": "fedsim.data.images:load_cifar10",
             "digits": "fedsim.data.datasets:load_digits",
+            "fashion_mnist": "fedsim.data.images:load_fashion_mnist",
+            "image_folder": "fedsim.data.images:load_image_folder",
+            "least_squares": "fedsim.data.synthetic:load_least_squares",
+            "logistic": "fedsim.data.synthetic:load_logistic",
+            "mnist": "fedsim.data.images:load_mnist",
             "npz": "fedsim.data.datasets:load_npz",
+            "quadratic": "fedsim.data.synthetic:load_quadratic",
+            "synthetic": "fedsim.data.synthetic:load_synthetic",
+            "tinyshakespeare": "fedsim.data.tables:load_tinyshakespeare",
+            "w8a": "fedsim.data.tables:load_w8a",
         },
         "partition": {
             "dirichlet": "fedsim.data.partition:partition_dirichlet",
             "dirichlet_quantity": "fedsim.data.partition:partition_dirichlet_quantity",
+            "flower": "fedsim.data.partition:partition_flower",
             "iid": "fedsim.data.partition:partition_iid",
             "natural": "fedsim.data.partition:partition_natural",
             "pathological": "fedsim.data.partition:partition_pathological",
             "shards": "fedsim.data.partition:partition_shards",
         },
         "model": {
+            "char_lstm": "fedsim.learning.models:char_lstm",
+            "char_transformer": "fedsim.learning.models:char_transformer",
+            "cifar_lenet": "fedsim.learning.models:cifar_lenet",
+            "cnn": "fedsim.learning.models:cnn",
+            "fashion_cnn": "fedsim.learning.models:fashion_cnn",
+            "lenet5": "fedsim.learning.models:lenet5",
+            "linear_regression": "fedsim.learning.models:linear_regression",
+            "logistic_regression": "fedsim.learning.models:logistic_regression",
             "mlp": "fedsim.learning.models:mlp",
+            "mnist_cnn": "fedsim.learning.models:mnist_cnn",
+            "quadratic": "fedsim.learning.models:quadratic",
+            "resnet20": "fedsim.learning.models:resnet20",
+            "resnet8": "fedsim.learning.models:resnet8",
             "softmax": "fedsim.learning.models:softmax",
+        },
+        "schedule": {
+            "cosine": "fedsim.learning.schedules:Cosine",
+            "exponential": "fedsim.learning.schedules:Exponential",
+            "inverse_sqrt": "fedsim.learning.schedules:InverseSqrt",
+            "step_decay": "fedsim.learning.schedules:StepDecay",
         },
         "executor": {
             "client_app": "fedsim.scenario:ClientAppExecution",
             "vectorised": "fedsim.scenario:VectorisedExecution",
         },
         "speed": {
-            "class": "fedsim.devices:ClassSpeed",
+            "classes": "fedsim.devices:ClassSpeed",
             "constant": "fedsim.devices:ConstantSpeed",
             "lognormal": "fedsim.devices:LognormalSpeed",
+            "trace": "fedsim.devices:TraceSpeed",
             "uniform": "fedsim.devices:UniformSpeed",
+        },
+        "slowdown": {
+            "none": "fedsim.devices:NoSlowdown",
+            "random": "fedsim.devices:RandomSlowdown",
+            "scheduled": "fedsim.devices:ScheduledSlowdown",
         },
         "availability": {
             "always": "fedsim.devices:Always",
+            "day_night": "fedsim.devices:DayNight",
+            "intervals": "fedsim.devices:Intervals",
             "on_off": "fedsim.devices:OnOffAvailability",
+            "trace": "fedsim.devices:TraceAvailability",
         },
     }
 )
@@ -142,15 +213,20 @@ SUPPLIED: Mapping[str, frozenset[str]] = MappingProxyType(
         "strategy": frozenset(),
         "topology": frozenset({"bandwidth", "devices", "latency", "rng", "seed", "servers"}),
         "link": frozenset({"name", "seed"}),
-        "dataset": frozenset({"data_dir", "rng", "seed", "test_fraction"}),
+        "dataset": frozenset({"data_dir", "n_devices", "rng", "seed", "test_fraction"}),
         "partition": frozenset({"device_ids", "labels", "n_devices", "rng"}),
-        "model": frozenset({"dtype", "input_shape", "n_classes", "seed"}),
+        "model": frozenset({"input_shape", "n_classes", "seed"}),
+        "schedule": frozenset(),
         "executor": frozenset(),
         "speed": frozenset({"n_devices", "rng", "seed"}),
+        "slowdown": frozenset({"n_devices", "rng", "seed"}),
         "availability": frozenset({"n_devices", "rng", "seed"}),
     }
 )
 """Kind → parameters that the runner fills in, so that a scenario cannot set them."""
+
+_CLOSED = frozenset({"executor", "topology"})
+"""Kinds of which the runner must know every name."""
 
 _NOUNS: Mapping[str, str] = MappingProxyType(
     {
@@ -158,6 +234,7 @@ _NOUNS: Mapping[str, str] = MappingProxyType(
         "dataset": "data set",
         "link": "link model",
         "partition": "way to split data",
+        "slowdown": "slow-down",
         "speed": "speed model",
     }
 )
@@ -168,6 +245,8 @@ _UNIT_NAMES = (
     (units.Bandwidth, "bandwidth"),
     (units.Speed, "speed"),
     (units.FlopRate, "FLOP rate"),
+    (units.ComputeSpeed, "speed"),
+    (units.Energy, "energy"),
 )
 
 
@@ -181,6 +260,17 @@ class Problem:
     def __str__(self) -> str:
         where = ".".join(map(str, self.path))
         return f"{where}: {self.message}" if where else self.message
+
+
+class PartError(ScenarioError):
+    """What a scenario names cannot be made; `kind` says which part of it."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.kind, str(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,8 +377,10 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     """
     table = TABLES[kind]
     if ":" not in name and name not in table:
-        hint = "" if kind == "executor" else ", or 'package.module:name' of your own"
+        hint = "" if kind in _CLOSED else ", or 'package.module:name' of your own"
         raise ScenarioError(choose(name, _NOUNS.get(kind, kind), table) + hint)
+    if ":" in name and kind in _CLOSED:
+        raise ScenarioError(choose(name, kind, table))
     factory = import_object(table.get(name, name))
     if not callable(factory):
         raise ScenarioError(f"'{table.get(name, name)}' is not a function or class")
@@ -475,6 +567,7 @@ def arguments_model(kind: str, name: str) -> type[BaseModel]:
     config = ConfigDict(
         extra="allow" if takes_all else "forbid",
         strict=True,
+        allow_inf_nan=False,
         title=name,
     )
     model: type[BaseModel] = create_model("Arguments", __config__=config, **fields)  # type: ignore[call-overload]
@@ -613,6 +706,8 @@ def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Itera
             near = nearest(str(location[-1]), valid)
             meant = f"; did you mean '{near}'?" if near else "."
             return f"unknown key{meant} Valid: {', '.join(valid) or 'no keys'}"
+        case "unexpected_keyword_argument":
+            return "unknown key"
         case "missing":
             return "is missing, and has no default"
         case "value_error":
@@ -684,8 +779,8 @@ def build(kind: str, spec: object, /, **supplied: Any) -> Any:
 
     Raises
     ------
-    ScenarioError
-        If the arguments are wrong, or the factory refuses them.
+    PartError
+        If the arguments are wrong, or the factory refuses them or fails.
     """
     factory, arguments = bind(kind, spec)
     takes = _signature(factory).parameters
@@ -693,9 +788,28 @@ def build(kind: str, spec: object, /, **supplied: Any) -> Any:
     arguments |= {key: value for key, value in supplied.items() if takes_all or key in takes}
     try:
         return factory(**arguments)
-    except (FedsimError, TypeError, ValueError) as error:
+    except Exception as error:  # the factory may be anybody's code
         name = (as_mapping(spec) or {})["kind"]
-        raise ScenarioError(f"{kind} '{name}': {error}") from error
+        raise PartError(
+            kind, f"{kind} '{name}': {reason(error)}{_meant(factory, error)}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, with its type where its message alone says little."""
+    if isinstance(error, FedsimError | TypeError | ValueError | RuntimeError) and str(error):
+        return str(error)
+    return repr(error)
+
+
+def _meant(factory: Callable[..., Any], error: Exception) -> str:
+    """Return a hint where a base class refuses a keyword that `**kwargs` has let through."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not (found and isinstance(error, TypeError) and isinstance(factory, type)):
+        return ""
+    known = (name for base in factory.__mro__ for name in _signature(base).parameters)
+    near = nearest(found[1], known)
+    return f"; did you mean '{near}'?" if near else ""
 
 
 def list_names(kind: str) -> list[Entry]:
@@ -725,7 +839,7 @@ def spec_schema(kind: str, extra: Mapping[str, Any] | None = None) -> dict[str, 
     bare = [e.name for e in entries if not any(p.is_required for p in e.parameters)]
     choices: list[dict[str, Any]] = [{"enum": bare, "description": f"the name of a {kind}"}]
     choices += [_entry_schema(entry, extra or {}) for entry in entries]
-    if kind == "executor":
+    if kind in _CLOSED:
         return {"anyOf": choices}
     own = {"type": "string", "pattern": IMPORT_STRING}
     choices += [

@@ -19,7 +19,10 @@ from fedsim.recorder import Recorder, RoundRow, strategy_directory, summarise
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RunResult", "StrategyResult", "load_run", "strategy_result"]
+__all__ = ["FAILED", "RunResult", "StrategyResult", "load_run", "strategy_result"]
+
+FAILED = "failed.txt"
+"""File in a strategy's directory that says why it failed; removed when it is run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class StrategyResult:
     tables : mapping
         ``transfers``, ``compute``, ``links``: an Arrow table or the Parquet file that holds it;
         empty if the scenario did not ask for them.
+    failure : str or None
+        Why it failed, if it did.
     """
 
     name: str
@@ -44,6 +49,7 @@ class StrategyResult:
     rounds: list[RoundRow]
     complete: bool = True
     tables: Mapping[str, pa.Table | Path] = field(default_factory=dict)
+    failure: str | None = None
 
     def table(self, name: str) -> pa.Table | None:
         """Return the table ``transfers``, ``compute`` or ``links``; None if not recorded.
@@ -184,7 +190,9 @@ def _strategy(
     rows = _rounds(home / "rounds.jsonl", problems)
     complete = entry is not None and entry.get("rounds") == len(rows)
     summary = entry if entry is not None and complete else summarise(rows, target=target)
-    return StrategyResult(name, summary, rows, complete, _table_files(home))
+    failed = home / FAILED
+    failure = failed.read_text("utf-8", errors="replace").strip() if failed.is_file() else None
+    return StrategyResult(name, summary, rows, complete, _table_files(home), failure)
 
 
 def _table_files(home: Path) -> dict[str, pa.Table | Path]:

@@ -5,40 +5,59 @@ of a scenario and writes the records.
 """
 
 import logging
+import math
 import multiprocessing
+import os
 import platform
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from importlib.metadata import version
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from fedsim import registry
-from fedsim.data.datasets import hold_out
-from fedsim.data.federated import FederatedData, federate
-from fedsim.devices import DeviceFleet
-from fedsim.errors import FedsimError, NoNodesError, ScenarioError
-from fedsim.executors.clientapp import ClientAppExecutor, device_app
+from fedsim.data.datasets import Dataset, hold_out
+from fedsim.data.federated import DeviceData, federate
+from fedsim.data.partition import check_parts
+from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
+from fedsim.errors import FedsimError, MissingDataError, ScenarioError
+from fedsim.executors.clientapp import ClientAppExecutor, check_app, device_app, mods_needed_by
+from fedsim.executors.halves import DeviceHalf
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan, training_config
+from fedsim.flower.peers import PeerGraph
 from fedsim.flower.records import array_bytes
-from fedsim.flower.server import initial_arrays, save_arrays, score
+from fedsim.flower.server import initial_arrays, save_arrays, score, score_models
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
+from fedsim.graphs import between_devices, build_graph, peer_graphs
 from fedsim.learning.config import LocalConfig
+from fedsim.learning.cost import model_cost
 from fedsim.learning.models import build_model
 from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
-from fedsim.network import Network, star_network
+from fedsim.network import Network, graph_network, star_network
+from fedsim.network.failures import Failure
 from fedsim.recorder import (
+    LinkRow,
     NetworkWorld,
     Recorder,
     RoundRow,
@@ -48,16 +67,21 @@ from fedsim.recorder import (
     write_world,
 )
 from fedsim.report.html import write_report
-from fedsim.results import RunResult, StrategyResult, load_run, strategy_result
-from fedsim.scenario import Scenario, draw, load_scenario
+from fedsim.results import FAILED, RunResult, StrategyResult, load_run, strategy_result
+from fedsim.scenario import Data, Scenario, draw, load_scenario, place_of
 from fedsim.streams import stream
+from topologies.attributes import Graph, servers_of, switches_of
+from topologies.dynamics import b_connectivity
 
-__all__ = ["Progress", "RunError", "Simulation", "build", "run"]
+__all__ = ["Progress", "RunError", "Simulation", "build", "check", "run"]
 
 _log = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 State = Literal["running", "done", "diverged", "failed"]
+LoadData = Callable[[], DeviceData]
+
+_STARTS_WITH_PLACE = re.compile(rf"(--|device:|({'|'.join(Scenario.model_fields)})(\.[^ :]+)*: )")
 
 
 class RunError(FedsimError):
@@ -142,8 +166,9 @@ class Simulation:
             rounds=scenario.rounds,
             seed=scenario.seed,
             timeout=scenario.round_timeout,
-            train_config=training_config(_local_config(scenario)),
+            train_config=training_config(_local_config(scenario), _sent(scenario)),
             evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
+            evaluate_models=partial(score_models, self.trainer, on=on),
             evaluate_every=scenario.evaluation.every,
             record=record,
             stop=StopRule(stop.accuracy, stop.time, stop.traffic) if stop else None,
@@ -175,26 +200,67 @@ def build(
     Raises
     ------
     ScenarioError
-        If the parts do not fit together.
+        If the parts do not fit together; names the place in the scenario.
     """
+    return _connect(scenario, strategy, device, _loader(scenario, data_dir))
+
+
+def check(scenario: Scenario, *, device: str = "auto", data_dir: Path | None = None) -> str:
+    """Build every strategy of a scenario, as `run` does before it writes anything.
+
+    Returns
+    -------
+    str
+        What could not be checked, since the data set's files are not on this machine; else "".
+
+    Raises
+    ------
+    ScenarioError
+        If the parts do not fit together; names the place in the scenario.
+    """
+    load, missing = _loader(scenario, data_dir), ""
+    with one_thread():
+        for name in scenario.strategies:
+            try:
+                _connect(scenario, name, device, load)
+            except MissingDataError as error:
+                missing = str(error)
+    return missing
+
+
+def _connect(scenario: Scenario, strategy: str | None, device: str, load: LoadData) -> Simulation:
     names = list(scenario.strategies)
     if strategy is None and len(names) == 1:
         strategy = names[0]
     if strategy not in scenario.strategies:
         raise ScenarioError(f"strategies: name one of {', '.join(names)}, not {strategy!r}")
     world = scenario.strategy_world(strategy)
-    data = _load_data(_Key(world.data, world.seed), data_dir)
-    if world.evaluation.on == "validation" and data.x_validation is None:
+    place = f"strategies.{strategy}"
+    with _at(place, is_strategy=True), quiet_flower():
+        made = registry.build("strategy", world.strategies[strategy].spec())
+        check_strategy(made, world.data.devices)
+    env = simpy.Environment()
+    with _at("topology"):
+        graph = _build_graph(world)
+        network = _build_network(env, world, graph)
+    with _at("training"):
+        config = _local_config(world)
+    with _at("data"):
+        data = load()
+    if world.evaluation.on == "validation" and getattr(data, "x_validation", None) is None:
         raise ScenarioError(
             "evaluation.on: 'validation' needs data.validation_fraction above 0 "
             f"(it is {world.data.validation_fraction})"
         )
-    env = simpy.Environment()
-    fleet = _build_fleet(world)
-    network = _build_network(env, world)
-    trainer = _build_trainer(world, data, device)
-    plan = WorkPlan(_local_config(world), data.size, world.seed)
-    executor = _build_executor(world, trainer, plan)
+    with _at("model"):
+        trainer = _build_trainer(world, data, device)
+    with _at("devices"):
+        fleet = _build_fleet(world, trainer)
+    plan = WorkPlan(config, data.size, world.seed)
+    with _at("executor"):
+        executor = _build_executor(world, trainer, plan, made)
+    with _at("peers"):
+        peers = _build_peers(world, graph)
     grid = NetworkGrid(
         env,
         network,
@@ -205,38 +271,50 @@ def build(
         header_bytes=world.network.header_bytes,
         accounting=world.network.accounting,
         free_evaluation=world.evaluation.cost == "free",
+        peers=peers,
+        seed=world.seed,
     )
-    with quiet_flower():
-        made = registry.build("strategy", world.strategies[strategy].spec())
-    try:
-        check_strategy(made, len(fleet))
-    except (NoNodesError, TypeError) as error:
-        raise ScenarioError(f"strategies.{strategy}: {error}") from error
     return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """Data of a scenario, compared by what is written there."""
+@contextmanager
+def _at(place: str, *, is_strategy: bool = False) -> Iterator[None]:
+    """Turn whatever goes wrong while a part is built into an error that names its place."""
+    try:
+        yield
+    except Exception as error:  # a part may be anybody's code
+        said = registry.reason(error)
+        cause = error
+        while isinstance(cause, registry.PartError) and isinstance(cause.__cause__, FedsimError):
+            cause = cause.__cause__
+        if _STARTS_WITH_PLACE.match(registry.reason(cause)):
+            said = registry.reason(cause)
+        elif isinstance(error, registry.PartError) and not is_strategy:
+            said = f"{place_of(error.kind)}: {said}"
+        else:
+            said = f"{place}: {said}"
+        if not isinstance(error, FedsimError):
+            _log.debug("%s cannot be built", place, exc_info=True)
+        kind = MissingDataError if isinstance(cause, MissingDataError) else ScenarioError
+        raise kind(said) from error
 
-    data: Any
-    seed: int
 
-    def __hash__(self) -> int:
-        return hash((self.data.model_dump_json(), self.seed))
+def _loader(scenario: Scenario, data_dir: Path | None) -> LoadData:
+    """Return what loads and splits the data when it is first asked, once for all strategies."""
+    return cache(partial(_load_data, scenario.data, scenario.seed, data_dir))
 
 
-@lru_cache(maxsize=2)
-def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
-    """Load and split the data once for all strategies of a comparison."""
-    data, seed = key.data, key.seed
+def _load_data(data: Data, seed: int, data_dir: Path | None) -> DeviceData:
     dataset = registry.build(
         "dataset",
         data.dataset.spec(),
         test_fraction=data.test_fraction,
+        n_devices=data.devices,
         seed=seed,
         data_dir=data_dir,
     )
+    if not isinstance(dataset, Dataset):  # made for so many devices, nothing is left to split
+        return _made(dataset, data)
     if data.validation_fraction:
         dataset = hold_out(dataset, validation_fraction=data.validation_fraction, seed=seed)
     parts = registry.build(
@@ -247,14 +325,57 @@ def _load_data(key: _Key, data_dir: Path | None) -> FederatedData:
         rng=stream(seed, "partition"),
         device_ids=dataset.device_train,
     )
-    return federate(dataset, parts)
+    parts = check_parts(parts, data.devices, len(dataset.y_train))
+    return federate(
+        dataset,
+        parts,
+        local_test_fraction=data.local_test_fraction,
+        rng=stream(seed, "local-test"),
+    )
 
 
-def _build_fleet(scenario: Scenario) -> DeviceFleet:
-    n_devices, seed = scenario.data.devices, scenario.seed
-    speed = registry.build("speed", scenario.devices.speed.spec())
-    availability = registry.build("availability", scenario.devices.availability.spec())
-    return DeviceFleet(speed.sample(n_devices, seed), availability.start(n_devices, seed))
+def _made(dataset: Any, data: Any) -> DeviceData:
+    """Return data that are born on devices, if the scenario does not ask to split them."""
+    kind = data.dataset.kind
+    if not hasattr(dataset, "pack"):
+        raise ScenarioError(
+            f"data.dataset: '{kind}' makes a {type(dataset).__name__}, not a "
+            "fedsim.data.datasets.Dataset"
+        )
+    if data.partition.kind != "iid":
+        raise ScenarioError(
+            f"data.partition: {kind} is made on the devices; leave the partition out"
+        )
+    for key in ("validation_fraction", "local_test_fraction"):
+        if getattr(data, key):
+            raise ScenarioError(f"data.{key}: {kind} is made on the devices and has none")
+    made: DeviceData = dataset
+    return made
+
+
+def _build_fleet(scenario: Scenario, trainer: Trainer) -> DeviceFleet:
+    devices = scenario.devices
+    needs_flops = "FLOP/s" in devices.speed.model_dump_json() or (
+        devices.energy is not None and devices.energy.per_flop is not None
+    )
+    return make_fleet(
+        scenario.data.devices,
+        scenario.seed,
+        speed=registry.build("speed", devices.speed.spec()),
+        availability=registry.build("availability", devices.availability.spec()),
+        slowdown=registry.build("slowdown", devices.slowdown.spec()),
+        on_leave=devices.on_leave,
+        energy=EnergyCosts(**_given(devices.energy)) if devices.energy else None,
+        flops_per_sample=_flops_per_sample(trainer) if needs_flops else None,
+    )
+
+
+def _flops_per_sample(trainer: Trainer) -> float:
+    """Count the operations of one sample; only where asked, since not every model can be traced."""
+    data = trainer.data
+    is_symbols = str(data.x_test.dtype) == "torch.int64"
+    cost = model_cost(trainer.stack.module, data.input_shape, tokens=is_symbols)
+    return float(cost.training_flops)
 
 
 def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -269,10 +390,35 @@ def _access_links(scenario: Scenario) -> tuple[FloatArray, FloatArray, FloatArra
     )
 
 
-def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
+def _build_graph(scenario: Scenario) -> Graph | None:
+    """Return the topology's graph with the rates and latencies of its links; None for a star."""
+    topology, seed = scenario.topology, scenario.seed
+    if topology.kind == "star":
+        return None
+    spread = {"bandwidth": topology.bandwidth, "latency": topology.latency}
+    given = {"bandwidth": math.inf, "latency": 0.0}
+    figures = {k: v for k, v in spread.items() if isinstance(v, float) and v != given[k]}
+    devices, rng = scenario.data.devices, stream(seed, "topology")
+    graph = build_graph(topology.spec(), devices, rng, **figures)
+    for key in spread.keys() - figures.keys():
+        for a, b, link in graph.edges(data=True):
+            if link[key] == given[key]:
+                name = f"{min(a, b)}-{max(a, b)}"
+                link[key] = float(draw(spread[key], 1, stream(seed, f"link-{key}", name))[0])
+    return graph
+
+
+def _build_network(env: simpy.Environment, scenario: Scenario, graph: Graph | None) -> Network:
+    options = _transfer_options(scenario) | {
+        "link_model": registry.build("link", scenario.links.spec()),
+        "seed": scenario.seed,
+        "failures": [Failure(**_given(entry)) for entry in scenario.network.failures],
+    }
+    if graph is not None:
+        network = graph_network(env, graph, **options)
+        network.server = min(servers_of(graph), default=None)  # of a tree: its root
+        return network
     topology = scenario.topology
-    if topology.kind != "star":
-        raise ScenarioError(f"topology.kind: {topology.kind!r} is not available; use 'star'")
     up, down, latency = _access_links(scenario)
     return star_network(
         env,
@@ -281,32 +427,111 @@ def _build_network(env: simpy.Environment, scenario: Scenario) -> Network:
         latency=latency,
         server_up_bps=topology.server_bandwidth,
         server_down_bps=topology.server_bandwidth,
-        link_model=registry.build("link", scenario.links.spec()),
-        seed=scenario.seed,
-        message_loss=scenario.network.message_loss,
-        link_down=scenario.network.link_down,
+        **options,
     )
 
 
-def _build_trainer(scenario: Scenario, data: FederatedData, device: str) -> Trainer:
+def _build_peers(scenario: Scenario, graph: Graph | None) -> PeerGraph | None:
+    """Return who may exchange with whom in a round; None if nobody is linked directly."""
+    peers, devices = scenario.peers, scenario.data.devices
+    if peers is not None:
+        return peer_graphs(peers.spec(), devices, scenario.seed, redraw=peers.redraw)
+    linked = None if graph is None else between_devices(graph)
+    if linked is None or not linked.number_of_edges():
+        return None
+    return lambda number: linked
+
+
+def _transfer_options(scenario: Scenario) -> dict[str, Any]:
+    """Return how payloads travel; headers are the grid's, which counts them in the records."""
+    options = scenario.network
+    not_the_networks = {"loss_reply", "accounting", "header_bytes", "failures"}
+    found = {k: v for k, v in _given(options).items() if k not in not_the_networks}
+    if "transfer_timeout" in found:
+        found["timeout"] = found.pop("transfer_timeout")
+    return found
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    """Return the values of a section that are not None, in base units."""
+    return {key: value for key, value in section if value is not None}
+
+
+def _build_trainer(scenario: Scenario, data: DeviceData, device: str) -> Trainer:
     factory, arguments = registry.bind("model", scenario.model.spec())
-    model = build_model(factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments)
-    chunk = scenario.executor.arguments.get("chunk")
-    return Trainer(model, data, seed=scenario.seed, chunk=chunk, device=device)
+    with warnings.catch_warnings():  # torch warns of layers without weights, refused below
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model = build_model(
+            factory, data.input_shape, data.n_classes, seed=scenario.seed, **arguments
+        )
+    if not hasattr(model, "named_parameters"):
+        raise ScenarioError(f"model: this makes a {type(model).__name__}, not a torch module")
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise ScenarioError(f"model: {name} has shape {tuple(parameter.shape)}: no weights")
+    options = {}
+    if scenario.executor.kind == "vectorised":
+        options = asdict(registry.build("executor", scenario.executor.spec()))
+    return Trainer(
+        model, data, loss=scenario.training.loss, seed=scenario.seed, device=device, **options
+    )
 
 
 def _local_config(scenario: Scenario) -> LocalConfig:
-    training = scenario.training.model_dump(exclude_none=True)
-    return LocalConfig(**training)
+    given = _given(scenario.training)
+    given.pop("loss", None)
+    given["betas"] = tuple(given["betas"])
+    if isinstance(given.get("local_steps"), list):
+        given["local_steps"] = tuple(given["local_steps"])
+    if "schedule" in given:
+        given["schedule"] = registry.build("schedule", given["schedule"].spec())
+    return LocalConfig(**given)
 
 
-def _build_executor(scenario: Scenario, trainer: Trainer, plan: WorkPlan) -> Executor:
-    if scenario.executor.kind == "vectorised":
-        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
-    app = registry.build("executor", scenario.executor.spec()).app
+def _halves_of(strategy: Any) -> tuple[DeviceHalf, ...]:
+    """Return the device halves of a strategy and of those that it wraps, the outermost first."""
+    found: list[DeviceHalf] = []
+    while strategy is not None:
+        found += getattr(strategy, "device_halves", ())
+        strategy = getattr(strategy, "strategy", None)
+    return tuple(found)
+
+
+def _build_executor(
+    scenario: Scenario, trainer: Trainer, plan: WorkPlan, strategy: object
+) -> Executor:
+    mods, halves = mods_needed_by(strategy), _halves_of(strategy)
+    app, run_config = None, dict[str, Any]()
+    if scenario.executor.kind == "client_app":
+        execution = registry.build("executor", scenario.executor.spec())
+        app, run_config = execution.app, execution.run_config or {}
+    elif not mods:
+        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE, halves=halves)
+    else:
+        _log.warning(
+            "%s: clipping happens in a mod on the devices, so they run one at a time "
+            "(executor client_app) instead of vectorised",
+            ", ".join(scenario.strategies),
+        )
     if app is None:
-        app = device_app(trainer, plan)
-    return ClientAppExecutor(app, scenario.data.devices, node_base=NODE_BASE)
+        app = device_app(trainer, plan, [*mods, *(half.as_mod() for half in halves)])
+    else:
+        check_app(app)
+    defaults = {**training_config(_local_config(scenario)), "num-server-rounds": scenario.rounds}
+    return ClientAppExecutor(
+        app,
+        scenario.data.devices,
+        node_base=NODE_BASE,
+        run_config=defaults | run_config,
+        seed=scenario.seed,
+    )
+
+
+def _sent(scenario: Scenario) -> Mapping[str, bool | int | float | str]:
+    """Return what the user adds to the config of train instructions."""
+    if scenario.executor.kind != "client_app":
+        return {}
+    return registry.build("executor", scenario.executor.spec()).train_config or {}
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -332,7 +557,8 @@ def run(
     out : Path, optional
         The directory to write (see the file contract in docs); None keeps everything in memory.
     jobs : int
-        Strategies to run side by side, in processes; the files are the same.
+        Strategies to run side by side, in processes; the files are the same. More than 1 needs
+        ``if __name__ == "__main__":`` around the call in a script, which each process imports.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     data_dir : Path, optional
@@ -355,14 +581,16 @@ def run(
     RunError
         If a strategy failed; all the others are complete and on disk.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False) and jobs > 1:
+        raise SystemExit(1)  # a process of ours imports an unguarded script; the parent tells
     if jobs < 1:
         raise ScenarioError(f"jobs: {jobs} is not at least 1")
     out = None if out is None else Path(out)
     names = list(scenario.strategies)
-    with one_thread():
-        simulations = {
-            name: build(scenario, name, device=device, data_dir=data_dir) for name in names
-        }
+    with one_thread(), ExitStack() as stack:
+        load = _loader(scenario, data_dir)
+        simulations = {name: _connect(scenario, name, device, load) for name in names}
+        manager = stack.enter_context(_manager()) if jobs > 1 and len(names) > 1 else None
         finished: dict[str, StrategyResult] = {}
         if out is not None:
             finished = _prepare(scenario, out, resume=resume, force=force)
@@ -371,19 +599,21 @@ def run(
         for name, kept in finished.items():
             progress(_kept(name, kept, scenario.rounds))
         todo = [name for name in names if name not in finished]
-        if jobs == 1 or len(todo) < 2:
+        if manager is None or len(todo) < 2:
             for name in todo:
                 runs.note(name, *_run_one(simulations.pop(name), out, progress))
         else:
             simulations.clear()
             settings = (scenario, out, device, data_dir)
-            _run_in_processes(runs, todo, min(jobs, len(todo)), settings, progress)
+            queue = manager.Queue()
+            _run_in_processes(runs, todo, min(jobs, len(todo)), settings, queue, progress)
     result = runs.result()
     if out is not None:
         write_report(out)
     if runs.failures:
-        failed = "; ".join(f"{name}: {why}" for name, why in runs.failures.items())
-        raise RunError(f"{failed}. Every other strategy is complete.")
+        failed = "; ".join(f"{name}: {why.rstrip('. ')}" for name, why in runs.failures.items())
+        others = " Every other strategy is complete." if len(runs.failures) < len(names) else ""
+        raise RunError(f"{failed}.{others}")
     return result
 
 
@@ -468,22 +698,30 @@ def _run_one(
             accuracy = accuracy if row.eval_accuracy is None else row.eval_accuracy
             tell(row, "running")
 
+        failed = None if recorder.directory is None else recorder.directory / FAILED
+        if failed is not None:
+            failed.unlink(missing_ok=True)
         tell(None, "running")
         try:
             outcome = simulation.run(record, recorder)
         except Exception as error:  # of the strategy, which may be anybody's code
             _log.debug("strategy %s failed", name, exc_info=True)
             why = str(error) if isinstance(error, FedsimError) else repr(error)
+            if failed is not None:
+                failed.write_text(f"{why}\n", encoding="utf-8")
             tell(recorder.rows[-1] if recorder.rows else None, "failed", why)
             return None, why
         target = scenario.evaluation.target
         if target is None and scenario.stop is not None:
             target = scenario.stop.accuracy
+        if recorder.has_transfers:
+            _record_links(recorder, simulation.network)
         summary = summarise(
             recorder.rows,
             target=target,
             diverged=outcome.diverged is not None,
             diverged_device=outcome.diverged_device,
+            diverged_reason=outcome.diverged,
         )
         if recorder.directory is not None:
             save_arrays(recorder.directory / "model.safetensors", outcome.arrays)
@@ -492,19 +730,35 @@ def _run_one(
     return strategy_result(recorder, summary), ""
 
 
+def _record_links(recorder: Recorder, network: Network) -> None:
+    """Record what each link that was used has carried, and how it varied."""
+    end = network.env.now
+    for use in network.link_uses():
+        history = network.timeline(use.name, 0.0, end)
+        is_constant = len(history) < 2 and history[:1] == [(0.0, use.bandwidth_bps)]
+        recorder.link(
+            LinkRow(
+                link=use.name,
+                bandwidth_bps=use.bandwidth_bps,
+                latency=use.latency,
+                carried_bytes=use.carried_bytes,
+                busy_time=use.busy_time,
+                change_times=[] if is_constant else [time for time, _ in history],
+                change_rates_bps=[] if is_constant else [rate for _, rate in history],
+            )
+        )
+
+
 def _run_in_processes(
     runs: _Runs,
     names: Sequence[str],
     jobs: int,
     settings: tuple[Scenario, Path | None, str, Path | None],
+    queue: Any,
     progress: Callable[[Progress], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(jobs, mp_context=context) as pool,
-    ):
-        queue = manager.Queue()
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(_work, settings, name, queue): name for name in names}
         pending = set(futures)
         try:
@@ -518,10 +772,49 @@ def _run_in_processes(
                 if pending and not done:
                     wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
         except BaseException:
-            for process in multiprocessing.active_children():
+            for process in pool._processes.values():
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _manager() -> SyncManager:
+    """Return a started process for the queue of progress.
+
+    Raises
+    ------
+    ScenarioError
+        If processes cannot be started, since the script that calls would start itself again.
+    """
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    try:
+        manager.start(initializer=_die_with_parent)
+    except EOFError:
+        raise ScenarioError(
+            "jobs: more than 1 needs processes, which import the script that calls fedsim.run; "
+            "put the call under  if __name__ == '__main__':"
+        ) from None
+    return manager
+
+
+def _start_worker() -> None:
+    """Let the parent alone decide when a worker ends: on Ctrl-C, SIGTERM, or its own death."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception: files are closed
+
+
+def _die_with_parent() -> None:
+    """End this process as soon as its parent is no more, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(
@@ -565,8 +858,11 @@ def _prepare(
 
 def _finished(scenario: Scenario, out: Path) -> dict[str, StrategyResult]:
     """Return the complete strategies of an earlier run of the same scenario."""
-    earlier = load_run(out)
-    before = load_scenario(out / "scenario.yaml").resolved()
+    try:
+        earlier = load_run(out)
+        before = load_scenario(out / "scenario.yaml").resolved()
+    except ScenarioError as error:
+        raise ScenarioError(f"--resume: {error}") from error
     if before != scenario.resolved():
         changed = _first_difference(before, scenario.resolved())
         raise ScenarioError(
@@ -588,15 +884,35 @@ def _first_difference(before: Any, after: Any, path: str = "") -> str:
 
 
 def _remove_run(out: Path) -> None:
-    """Remove the files of an earlier run, and nothing else that may lie beside them."""
-    for path in out.iterdir():
-        if path.is_dir() and (path.name == "plots" or (path / "rounds.jsonl").exists()):
-            shutil.rmtree(path)
-        elif path.name in ("scenario.yaml", "summary.json", "world.json", "report.html"):
-            path.unlink()
+    """Remove the files of an earlier run, and nothing else that may lie beside them.
+
+    They are moved aside first: all of them, or, where one cannot be moved, none.
+    """
+    files = ("scenario.yaml", "summary.json", "world.json", "report.html")
+    old = [
+        path
+        for path in out.iterdir()
+        if path.name in files
+        or (path.is_dir() and (path.name == "plots" or (path / "rounds.jsonl").exists()))
+    ]
+    aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
+    moved: list[Path] = []
+    try:
+        for path in old:
+            path.rename(aside / path.name)
+            moved.append(path)
+    except OSError:
+        for path in moved:
+            (aside / path.name).rename(path)
+        aside.rmdir()
+        raise
+    try:
+        shutil.rmtree(aside)
+    except OSError as error:
+        _log.warning("cannot remove the earlier run, now in %s: %s", aside, error.strerror)
 
 
-@lru_cache
+@cache
 def _versions() -> dict[str, str]:
     from fedsim import __version__
 
@@ -608,6 +924,7 @@ def _versions() -> dict[str, str]:
 def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
     first = next(iter(simulations.values()))
     data, layout = first.trainer.data, first.trainer.layout
+    labels = data.label_counts()  # no rows where data are made when they are asked for
     target = scenario.evaluation.target or (scenario.stop.accuracy if scenario.stop else None)
     write_world(
         path,
@@ -625,7 +942,7 @@ def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simul
             parameters=layout.size,
             model_bytes=sum(map(array_bytes, initial_arrays(first.trainer).values())),
             samples=data.size,
-            label_counts=data.label_counts() if data.n_classes else None,
+            label_counts=labels if len(labels) == data.n_devices and data.n_classes else None,
             speed=first.fleet.speed,
             availability=_in_words(scenario.devices.availability.spec()),
             networks=_networks(simulations),
@@ -638,28 +955,63 @@ def _networks(simulations: Mapping[str, Simulation]) -> list[NetworkWorld]:
     users: dict[str, list[str]] = {}
     for name, simulation in simulations.items():
         world = simulation.scenario
-        key = world.model_dump_json(include={"topology", "links", "network"})
+        key = world.model_dump_json(include={"topology", "peers", "links", "network"})
         users.setdefault(key, []).append(name)
     described = []
     for names in users.values():
         world = simulations[names[0]].scenario
-        up, down, latency = _access_links(world)
         described.append(
             NetworkWorld(
                 strategies=names,
-                topology=world.topology.kind,
-                servers=1,
-                links=2 * world.data.devices,
-                uplink_bps=up,
-                downlink_bps=down,
-                latency=latency,
-                server_uplink_bps=world.topology.server_bandwidth,
-                server_downlink_bps=world.topology.server_bandwidth,
                 variation=_in_words(world.links.spec()),
                 message_loss=world.network.message_loss,
+                **_shape(world),
             )
         )
     return described
+
+
+def _shape(world: Scenario) -> dict[str, Any]:
+    """Return what a report tells of the links, as fields of a `NetworkWorld`."""
+    graph = _build_graph(world)
+    measures = _connectivity(world)
+    if graph is not None:
+        links = [link for _, _, link in graph.edges(data=True) for _ in range(2)]
+        return {
+            "topology": graph.name,
+            "switches": len(switches_of(graph)),
+            "servers": len(servers_of(graph)),
+            "links": len(links),
+            "link_bps": [link["bandwidth"] for link in links],
+            "link_latency": [link["latency"] for link in links],
+            "measures": measures,
+        }
+    up, down, latency = _access_links(world)
+    return {
+        "topology": "star",
+        "servers": 1,
+        "links": 2 * world.data.devices,
+        "uplink_bps": up,
+        "downlink_bps": down,
+        "latency": latency,
+        "server_uplink_bps": world.topology.server_bandwidth,
+        "server_downlink_bps": world.topology.server_bandwidth,
+        "measures": measures,
+    }
+
+
+def _connectivity(world: Scenario) -> dict[str, float]:
+    """Return how well graphs that are drawn anew in each round connect the devices."""
+    peers = _build_peers(world, None)
+    if peers is None or not world.peers or not world.peers.redraw:
+        return {}
+    found = b_connectivity(lambda number: peers(number + 1), world.rounds)
+    measures = {
+        "share of rounds connected": found.connected_share,
+        "mean isolated devices": found.mean_isolated,
+        "mean neighbours": found.mean_degree,
+    }
+    return measures | ({} if found.window is None else {"b_connectivity": found.window})
 
 
 def _in_words(spec: Mapping[str, Any]) -> str:

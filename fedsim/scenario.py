@@ -29,15 +29,19 @@ from pydantic import (
 from fedsim import registry
 from fedsim.document import Document, Place, read_document, read_value, write_yaml
 from fedsim.errors import ScenarioError
+from fedsim.graphs import between_devices, build_graph, is_random
 from fedsim.registry import Problem
-from fedsim.units import Bandwidth, Duration, Size
+from fedsim.streams import stream
+from fedsim.units import Bandwidth, Duration, Energy, Size
 
 __all__ = [
     "ClientAppExecution",
     "Data",
     "Devices",
     "Evaluation",
+    "FailureEntry",
     "NetworkOptions",
+    "Peers",
     "Quantity",
     "Record",
     "Scenario",
@@ -50,6 +54,7 @@ __all__ = [
     "draw",
     "json_schema",
     "load_scenario",
+    "place_of",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -63,7 +68,11 @@ class _Section(BaseModel):
     """A mapping of the scenario: nothing unknown, nothing converted, nothing changed later."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -187,9 +196,16 @@ class VectorisedExecution:
     chunk : int, optional
         Devices trained at once; fewer need less memory. By default as many as fit. Results do not
         depend on it.
+    engine : {"auto", "linear", "vmap", "loop"}
+        Hand-batched products for stacks of linear layers, any module mapped over devices, or one
+        device after the other; `auto` takes the first that serves.
+    precision : {"exact", "tf32", "bfloat16"}
+        Of the arithmetic; weights and results keep their type.
     """
 
     chunk: Annotated[int, Field(ge=1)] | None = None
+    engine: Literal["auto", "linear", "vmap", "loop"] = "auto"
+    precision: Literal["exact", "tf32", "bfloat16"] = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +217,18 @@ class ClientAppExecution:
     app : callable, optional
         The `ClientApp`, as "package.module:name". By default fedsim's own, which does the same
         work as `vectorised`, one device at a time.
+    run_config : dict, optional
+        What the app finds in `context.run_config` (int, float, str or bool), beside the local
+        work of `training` (`local-epochs`, `batch-size`, `learning-rate`) and
+        `num-server-rounds`.
+    train_config : dict, optional
+        What the strategy sends with each train instruction beside the local work of `training`
+        (int, float, str or bool).
     """
 
     app: Callable[..., Any] | None = None
+    run_config: dict[str, bool | int | float | str] | None = None
+    train_config: dict[str, bool | int | float | str] | None = None
 
 
 class Stop(_Section):
@@ -230,6 +255,8 @@ class Data(_Section):
     """Share of the samples kept for testing, for data sets without a test set of their own."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training samples kept for validation, on no device."""
+    local_test_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of its samples that a device keeps to test models on (`evaluation.on: devices`)."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
@@ -238,23 +265,34 @@ class Data(_Section):
         return self
 
 
+_Pair = Annotated[list[QuantityT], Field(min_length=2, max_length=2)]
+
+
 class Training(_Section):
     """What a device does with its data in a round, unless the strategy says otherwise."""
 
-    optimizer: Literal["sgd"] = "sgd"
-    """Plain SGD, with `momentum` and the like."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """SGD, with `momentum` and the like; Adam or AdamW, whose moments start at zero every round."""
     learning_rate: float = Field(default=0.1, ge=0)
     """Step size."""
     batch_size: int = Field(default=32, ge=0)
     """Samples a step; 0 means all of the device's samples."""
+    schedule: Spec | None = None
+    """How the learning rate changes with the round: a name or a mapping with `kind`."""
+    loss: str | None = None
+    """The loss; by default what the model was made for."""
     drop_last: bool = False
     """Leave out the last batch of an epoch when it is smaller than the others."""
     local_epochs: int | None = Field(default=None, ge=1)
     """Passes over the device's data in a round; 1 unless `local_steps` is given."""
-    local_steps: int | None = Field(default=None, ge=1)
-    """Steps in a round, instead of `local_epochs`."""
+    local_steps: Annotated[int, Field(ge=1)] | _Pair[int] | None = None
+    """Steps in a round, instead of `local_epochs`; of a pair each device draws from that range."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Heavy-ball momentum; starts at zero in every round."""
+    betas: _Pair[float] = [0.9, 0.999]
+    """Decay rates of Adam's moments."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -278,30 +316,86 @@ class Training(_Section):
         return self
 
 
+class DeviceEnergy(_Section):
+    """What a device spends on work and on messages."""
+
+    per_sample: Energy | None = None
+    """For one training sample; evaluation counts a third."""
+    per_flop: Energy | None = None
+    """For one operation of the model, instead of `per_sample`."""
+    per_byte_sent: Energy = 0.0
+    """For one byte that leaves the device, headers included, lost messages as well."""
+    per_byte_received: Energy = 0.0
+    """For one byte that reaches the device."""
+
+    @model_validator(mode="after")
+    def _check_work(self) -> Self:
+        if self.per_sample is not None and self.per_flop is not None:
+            raise ValueError("give per_sample or per_flop, not both")
+        return self
+
+
 class Devices(_Section):
-    """How fast devices compute and when they are there."""
+    """How fast devices compute, when they are there, and what they spend."""
 
     speed: Spec = Spec(kind="constant", value="500 samples/s")  # type: ignore[call-arg]
-    """Training samples per second of each device."""
+    """Training samples or operations per second of each device."""
+    slowdown: Spec = Spec(kind="none")
+    """When devices are slower than that."""
     availability: Spec = Spec(kind="always")
     """When each device can be reached."""
+    on_leave: Literal["pause", "drop"] = "pause"
+    """What becomes of the work of a device that goes away: it waits, or is lost."""
+    energy: DeviceEnergy | None = None
+    """What work and messages cost a device; none: not counted."""
 
 
 class Topology(Spec):
     """Who is linked with whom, and how fast the links are."""
 
     kind: str = "star"
-    """The shape: `star` puts one server in the middle."""
+    """The shape: `star` puts one server in the middle; `fedsim list topology` names the others."""
     bandwidth: _Rates = Field(default=math.inf, json_schema_extra={"default": "unlimited"})
-    """Rate of each device's link, per direction: one value, or how values are spread."""
+    """Rate of each link, per direction: one value, or how values are spread."""
     latency: _Durations = 0.0
-    """One-way delay of each device's link."""
+    """One-way delay of each link."""
     uplink: _Rates | None = None
     """Rate from device to server where it differs from `bandwidth` (star only)."""
     downlink: _Rates | None = None
     """Rate from server to device where it differs from `bandwidth` (star only)."""
     server_bandwidth: _Rate = Field(default=math.inf, json_schema_extra={"default": "unlimited"})
     """Rate of the server's own link, shared by all devices, per direction (star only)."""
+
+
+class Peers(Spec):
+    """Who exchanges with whom, where devices exchange with each other."""
+
+    redraw: bool = False
+    """Draw a random graph anew in every round."""
+
+
+class FailureEntry(_Section):
+    """Something that is down from one time to another: a link, a node, or a partition."""
+
+    link: str | None = None
+    """A link's name: `access-17` (both directions of a device's link), `up-17`, `3-7`, `3>7`."""
+    node: int | None = None
+    """A node: a device's number; in a star the server is the number of devices."""
+    parts: list[list[int]] | None = None
+    """A partition: links between nodes of different parts are down."""
+    start: Duration = 0.0
+    """When it goes down."""
+    end: Duration | None = None
+    """When it comes back; never, by default."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = sum(each is not None for each in (self.link, self.node, self.parts))
+        if given != 1:
+            raise ValueError(f"a failure has one of link, node and parts; this one has {given}")
+        if self.end is not None and not self.start < self.end:
+            raise ValueError("a failure must end after its start")
+        return self
 
 
 class NetworkOptions(_Section):
@@ -313,6 +407,28 @@ class NetworkOptions(_Section):
     """What a strategy sees of a lost message: no reply, or a reply with an error."""
     link_down: Literal["stall", "fail", "reroute"] = "stall"
     """What a transfer does when its link goes down: wait for it, fail, or take another route."""
+    loss: Literal["none", "goodput", "tcp", "drop"] = "none"
+    """What a link's own packet loss does: nothing; lost packets are sent again at the cost of
+    rate; the same, and TCP's congestion control caps the rate; the whole message is lost with the
+    first of its packets."""
+    stall_timeout: Annotated[Duration, Field(gt=0)] | None = None
+    """A transfer whose rate has been 0 for so long fails."""
+    transfer_timeout: Annotated[Duration, Field(gt=0)] | None = None
+    """A transfer fails so long after it was sent, whatever its state."""
+    retries: int = Field(default=0, ge=0)
+    """How often a message that was lost or failed is sent again."""
+    backoff: Duration = 1.0
+    """Wait before the first retry; doubles with each."""
+    handshake_rtts: float = Field(default=0.0, ge=0)
+    """Round trips before a transfer sets off."""
+    startup: Literal["none", "slow_start"] = "none"
+    """Whether a transfer starts slowly, as TCP's do."""
+    header_efficiency: float = Field(default=1.0, gt=0, le=1)
+    """Share of a link's rate that is payload: 0.9653 for TCP over 1500-byte packets."""
+    fairness: Literal["maxmin", "rtt", "none"] = "maxmin"
+    """How transfers share a link: equally; in inverse proportion to their latency; not at all."""
+    failures: list[FailureEntry] = Field(default_factory=list)
+    """What fails when, whatever the `links` do."""
     header_bytes: int = Field(default=0, ge=0)
     """Bytes added to every message."""
     accounting: Literal["dense", "flower"] = "dense"
@@ -391,6 +507,8 @@ class Scenario(_Section):
     """The devices."""
     topology: Topology = Topology()
     """The network's shape and rates."""
+    peers: Peers | None = None
+    """Who exchanges with whom, routed over `topology`; by default, whom it links directly."""
     links: Spec = Spec(kind="constant")
     """How the devices' links change with time."""
     network: NetworkOptions = NetworkOptions()
@@ -451,18 +569,35 @@ class Scenario(_Section):
         return world.model_copy(update={"strategies": {name: alone}})
 
 
-_OVERRIDABLE = ("model", "training", "topology", "links", "network", "round_timeout", "executor")
+_OVERRIDABLE = (
+    "model",
+    "training",
+    "topology",
+    "links",
+    "peers",
+    "network",
+    "round_timeout",
+    "executor",
+)
 _SHARED = tuple(key for key in Scenario.model_fields if key not in _OVERRIDABLE)
 _PARTS: Mapping[tuple[str, ...], str] = {
     ("data", "dataset"): "dataset",
     ("data", "partition"): "partition",
     ("model",): "model",
+    ("training", "schedule"): "schedule",
     ("devices", "speed"): "speed",
+    ("devices", "slowdown"): "slowdown",
     ("devices", "availability"): "availability",
     ("topology",): "topology",
+    ("peers",): "topology",
     ("links",): "link",
     ("executor",): "executor",
 }
+
+
+def place_of(kind: str) -> str:
+    """Return where a scenario chooses a part of this kind: "data.dataset" for a data set."""
+    return next((".".join(path) for path, part in _PARTS.items() if part == kind), kind)
 
 
 # ── checks ──────────────────────────────────────────────────────────────────────────────────────
@@ -501,27 +636,34 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             holder = holder.setdefault(key, {}) if isinstance(holder, dict) else None
         if not isinstance(holder, dict):
             continue
-        spec = holder.get(path[-1], _default(path))
-        own = _topology_keys(spec) if kind == "topology" else {}
+        spec: Any = holder.get(path[-1], _default(path))
+        if spec is None:
+            continue
+        beside = _BESIDE.get(path, ())
+        own = _pick(spec, beside)
         rest = {k: v for k, v in spec.items() if k not in own} if own else spec
-        beside = Topology.model_fields if kind == "topology" else ()
         checked, found = registry.check(kind, rest, path, beside=beside)
         holder[path[-1]] = checked | own if checked else spec
         problems += found
     return filled, problems
 
 
-def _default(path: Place) -> dict[str, Any]:
+def _default(path: Place) -> dict[str, Any] | None:
     section: Any = Scenario
     for key in path[:-1]:
         section = section.model_fields[str(key)].annotation
-    default: Spec = section.model_fields[path[-1]].default
-    return default.spec()
+    default: Spec | None = section.model_fields[path[-1]].default
+    return None if default is None else default.spec()
 
 
-def _topology_keys(spec: Any) -> dict[str, Any]:
-    """Return what a topology says about its links; the rest are the generator's arguments."""
-    keys = Topology.model_fields.keys() - {"kind"}
+_BESIDE: Mapping[Place, tuple[str, ...]] = {
+    ("topology",): tuple(key for key in Topology.model_fields if key != "kind"),
+    ("peers",): ("redraw",),
+}
+"""Keys of the scenario that stand beside the arguments of what `kind` names."""
+
+
+def _pick(spec: Any, keys: Sequence[str]) -> dict[str, Any]:
     return {k: v for k, v in spec.items() if k in keys} if isinstance(spec, Mapping) else {}
 
 
@@ -573,6 +715,7 @@ def _clashes(world: Scenario) -> Iterator[Problem]:
             "'validation' needs samples: set data.validation_fraction above 0, for example 0.1",
         )
     topology = world.topology
+    yield from _graph_problems(world)
     if topology.kind == "star":
         if world.network.link_down == "reroute":
             yield Problem(
@@ -583,6 +726,34 @@ def _clashes(world: Scenario) -> Iterator[Problem]:
     for key in ("uplink", "downlink", "server_bandwidth"):
         if getattr(topology, key) != Topology.model_fields[key].default:
             yield Problem(("topology", key), "only a star has it; use 'bandwidth'")
+
+
+def _graph_problems(world: Scenario) -> Iterator[Problem]:
+    """Yield what is wrong with the graphs; families check their own arguments as they build."""
+    devices, seed = world.data.devices, world.seed
+    if world.topology.kind != "star":
+        try:
+            build_graph(world.topology.spec(), devices, stream(seed, "topology"))
+        except ScenarioError as error:
+            yield Problem(("topology",), str(error))
+    peers = world.peers
+    if peers is None:
+        return
+    try:
+        if peers.redraw and not is_random(peers.kind):
+            drawn = [kind for kind in registry.TABLES["topology"] if is_random(kind)]
+            said = f"'{peers.kind}' is the same in every round; one of: {', '.join(drawn)}"
+            yield Problem(("peers", "redraw"), said)
+        whole = build_graph(peers.spec(), devices, stream(seed, "peers", int(peers.redraw)))
+    except ScenarioError as error:
+        yield Problem(("peers",), str(error))
+        return
+    if whole.number_of_edges() and not between_devices(whole).number_of_edges():
+        yield Problem(
+            ("peers", "kind"),
+            f"'{peers.kind}' links devices with other machines only; 'peers' says which devices "
+            "exchange, for example ring, complete, erdos_renyi",
+        )
 
 
 def _merge(base: Any, override: Any) -> Any:
@@ -675,6 +846,7 @@ def _check_strategy(
     problems += found
     if world is not None and not found:
         problems += _too_few_devices(path, checked, given, world)
+        problems += _no_fractions(path, checked)
     return StrategyEntry(**(checked | overrides)), problems
 
 
@@ -734,6 +906,16 @@ def _too_few_devices(
             yield from _too_few_devices((*path, key), inner, said, world)
 
 
+def _no_fractions(path: Place, checked: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield shares of the devices that are none; Flower takes any number."""
+    for key, value in checked.items():
+        is_number = isinstance(value, int | float)
+        if key in ("fraction_train", "fraction_evaluate") and is_number and not 0 <= value <= 1:
+            yield Problem((*path, key), f"{registry.shown(value)} is not between 0 and 1")
+        if isinstance(value, Mapping):
+            yield from _no_fractions((*path, key), value)
+
+
 # ── from a file to a scenario ───────────────────────────────────────────────────────────────────
 
 
@@ -755,7 +937,18 @@ def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     """
     document = read_document(Path(path))
     document.data.setdefault("name", Path(path).stem)
+    _find_files(document.data, Path(path).parent)
     return _finish(document, overrides)
+
+
+def _find_files(value: Any, folder: Path) -> None:
+    """Let a relative `path` that is not below the working directory mean one beside the file."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, dict | list):
+            _find_files(inner, folder)
+        elif key == "path" and isinstance(inner, str) and not Path(inner).exists():
+            beside = folder / inner
+            value[key] = str(beside) if beside.exists() else inner
 
 
 def _finish(document: Document, overrides: Sequence[str]) -> Scenario:
@@ -819,7 +1012,7 @@ def _override(document: Document, override: str) -> None:
         if isinstance(inside, str) and (path in _PARTS or path[:-1] == ("strategies",)):
             inside = {"kind": inside}
         if inside is None:
-            inside = _default(path) if path in _PARTS else {}
+            inside = (_default(path) or {}) if path in _PARTS else {}
             document.origin[path] = option
         if not isinstance(inside, dict):
             where = ".".join(map(str, path))
@@ -858,6 +1051,8 @@ def json_schema() -> dict[str, Any]:
         for key in _OVERRIDABLE
     }
     extras = {"topology": link_keys, "strategy": overrides}
+    redraw = dict(definitions["Peers"]["properties"]["redraw"])
+    definitions["peers"] = registry.spec_schema("topology", {"redraw": redraw})
     for kind in registry.TABLES:
         definitions[kind] = registry.spec_schema(kind, extras.get(kind))
         for choice in definitions[kind]["anyOf"]:
@@ -865,7 +1060,11 @@ def json_schema() -> dict[str, Any]:
     for path, kind in _PARTS.items():
         holder = schema if len(path) == 1 else definitions[path[0].capitalize()]
         described = holder["properties"][path[-1]].get("description", "")
-        holder["properties"][path[-1]] = {"$ref": f"#/$defs/{kind}", "description": described}
+        name = "peers" if path == ("peers",) else kind
+        part: dict[str, Any] = {"$ref": f"#/$defs/{name}"}
+        if _default(path) is None:
+            part = {"anyOf": [part, {"type": "null"}]}
+        holder["properties"][path[-1]] = part | {"description": described}
     schema["properties"]["strategies"] |= {
         "minProperties": 1,
         "propertyNames": {"pattern": f"^{_STRATEGY_NAME.pattern}$"},
@@ -873,6 +1072,6 @@ def json_schema() -> dict[str, Any]:
     }
     schema["properties"]["versions"] = {"type": "object", "description": "Written by a run."}
     schema["required"] = sorted({*schema.get("required", []), "strategies"})
-    for unused in ("Spec", "StrategyEntry", "Topology"):
+    for unused in ("Peers", "Spec", "StrategyEntry", "Topology"):
         definitions.pop(unused, None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema

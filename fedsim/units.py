@@ -15,22 +15,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import AllowInfNan, BeforeValidator, PlainSerializer, WithJsonSchema
 
 __all__ = [
     "Bandwidth",
+    "ComputeRate",
+    "ComputeSpeed",
     "Duration",
+    "Energy",
     "FlopRate",
     "Size",
     "Speed",
     "format_bandwidth",
+    "format_compute_speed",
+    "format_energy",
     "format_flop_rate",
     "format_size",
     "format_speed",
     "format_time",
     "parse_bandwidth",
+    "parse_compute_speed",
+    "parse_energy",
     "parse_flop_rate",
     "parse_size",
     "parse_speed",
@@ -114,6 +121,26 @@ _FLOP_RATE = _Kind(
     "FLOP/s",
     "GFLOP/s",
 )
+_ENERGY = _Kind(
+    "an energy",
+    ("20 mJ", "1 nJ"),
+    MappingProxyType(
+        {
+            "pJ": Fraction(1, 10**12),
+            "nJ": Fraction(1, 10**9),
+            "uJ": Fraction(1, 10**6),
+            "µJ": Fraction(1, 10**6),
+            "μJ": Fraction(1, 10**6),
+            "mJ": Fraction(1, 10**3),
+            "J": Fraction(1),
+            "kJ": Fraction(10**3),
+            "Wh": Fraction(3600),
+        }
+    ),
+    ("kJ", "J", "mJ", "uJ", "nJ", "pJ"),
+    "J",
+    "J",
+)
 _AMBIGUOUS = re.compile(r"([kKMGT]?)(b|b/s|bps|Bps)", re.ASCII)
 
 
@@ -130,7 +157,7 @@ def _hint(number: str, unit: str, kind: _Kind) -> str:
     for other in kind.units:
         if unit.casefold() == other.casefold():
             return f"write '{number} {other}' (upper and lower case differ in units)"
-    for other_kind in (_TIME, _SIZE, _BANDWIDTH, _SPEED, _FLOP_RATE):
+    for other_kind in (_TIME, _SIZE, _BANDWIDTH, _SPEED, _FLOP_RATE, _ENERGY):
         if unit in other_kind.units:
             return f"'{unit}' belongs to {other_kind.noun}; write {_examples(kind)}"
     return f"unknown unit '{unit}'; use one of {', '.join(kind.units)}"
@@ -273,6 +300,58 @@ def parse_flop_rate(value: object) -> float:
     return float(_parse(value, _FLOP_RATE))
 
 
+@dataclass(frozen=True, slots=True)
+class ComputeRate:
+    """A computing speed with its unit: how many samples/s a FLOP rate is depends on the model.
+
+    Parameters
+    ----------
+    value : float
+    unit : {"samples/s", "FLOP/s"}
+    """
+
+    value: float
+    unit: Literal["samples/s", "FLOP/s"] = "samples/s"
+
+
+def parse_compute_speed(value: object) -> ComputeRate:
+    """Return a computing speed above 0, in samples/s or FLOP/s, as it was given.
+
+    Raises
+    ------
+    ValueError
+        If `value` has neither unit, or is 0 or negative.
+
+    Examples
+    --------
+    >>> parse_compute_speed("2 GFLOP/s")
+    ComputeRate(value=2000000000.0, unit='FLOP/s')
+    """
+    if isinstance(value, str) and value.strip().endswith("FLOP/s"):
+        rate = ComputeRate(parse_flop_rate(value), "FLOP/s")
+    else:
+        rate = ComputeRate(parse_speed(value))
+    if rate.value == 0:
+        raise ValueError(f"{value!r} is no speed: it must be above 0")
+    return rate
+
+
+def parse_energy(value: object) -> float:
+    """Return an energy in joules.
+
+    Raises
+    ------
+    ValueError
+        If `value` has no unit (0 needs none), is negative or is not an energy.
+
+    Examples
+    --------
+    >>> parse_energy("20 mJ"), parse_energy("1 Wh")
+    (0.02, 3600.0)
+    """
+    return float(_parse(value, _ENERGY))
+
+
 def format_time(seconds: float) -> str:
     """Return a time as text that `parse_time` reads back exactly.
 
@@ -316,11 +395,25 @@ def format_flop_rate(flop_per_second: float) -> str:
     return _format(flop_per_second, _FLOP_RATE)
 
 
-def _schema(kind: _Kind) -> WithJsonSchema:
-    units = "|".join(re.escape(unit).replace("µ", "[µμ]") for unit in kind.units if unit != "μs")
+def format_compute_speed(rate: ComputeRate) -> str:
+    """Return a computing speed as text that `parse_compute_speed` reads back exactly."""
+    return _format(rate.value, _SPEED if rate.unit == "samples/s" else _FLOP_RATE)
+
+
+def format_energy(joules: float) -> str:
+    """Return an energy as text that `parse_energy` reads back exactly."""
+    return _format(joules, _ENERGY)
+
+
+def _text_schema(kind: _Kind) -> dict[str, Any]:
+    names = [re.escape(unit).replace("µ", "[µμ]") for unit in kind.units if "μ" not in unit]
     number = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
-    pattern = rf"^\s*({number}\s*({units})|0)\s*$"
-    text: dict[str, Any] = {"type": "string", "pattern": pattern, "examples": list(kind.examples)}
+    pattern = rf"^\s*({number}\s*({'|'.join(names)})|0)\s*$"
+    return {"type": "string", "pattern": pattern, "examples": list(kind.examples)}
+
+
+def _schema(kind: _Kind) -> WithJsonSchema:
+    text = _text_schema(kind)
     choices: list[dict[str, Any]] = [text, {"const": 0}]
     if kind.unlimited:
         choices.append({"const": "unlimited"})
@@ -337,6 +430,7 @@ Size = Annotated[
 ]
 Bandwidth = Annotated[
     float,
+    AllowInfNan(True),  # "unlimited"
     BeforeValidator(parse_bandwidth),
     PlainSerializer(format_bandwidth, str),
     _schema(_BANDWIDTH),
@@ -349,4 +443,18 @@ FlopRate = Annotated[
     BeforeValidator(parse_flop_rate),
     PlainSerializer(format_flop_rate, str),
     _schema(_FLOP_RATE),
+]
+ComputeSpeed = Annotated[
+    ComputeRate,
+    BeforeValidator(parse_compute_speed),
+    PlainSerializer(format_compute_speed, str),
+    WithJsonSchema(
+        {
+            "anyOf": [_text_schema(_SPEED), _text_schema(_FLOP_RATE)],
+            "description": "a speed, such as '500 samples/s' or '1 GFLOP/s'",
+        }
+    ),
+]
+Energy = Annotated[
+    float, BeforeValidator(parse_energy), PlainSerializer(format_energy, str), _schema(_ENERGY)
 ]

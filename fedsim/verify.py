@@ -2,24 +2,64 @@
 
 The cases ship with the package (`fedsim/reference`), so that a user can check an installation, and
 the tests read the same files. Those of the network were computed by SimGrid, an independent
-simulator; the tolerance is relative to each flow's duration.
+simulator (the tolerance is relative to each flow's duration); those of collectives are exact
+counts, send lists and times. Those of compression are iterates of every algorithm of the MCM family
+on least squares, with deterministic rounding: they go through the real strategy, its device half,
+the vectorised executor and the network grid.
 """
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from math import inf
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
+import simpy
+import torch
+from numpy.typing import NDArray
+
+from fedsim import registry
+from fedsim.data.federated import FederatedData
+from fedsim.devices import DeviceFleet
 from fedsim.errors import ScenarioError
-from fedsim.network import replay
+from fedsim.executors.vectorised import VectorisedExecutor
+from fedsim.flower.compat import quiet_flower
+from fedsim.flower.grid import NODE_BASE, NetworkGrid
+from fedsim.flower.instructions import WorkPlan
+from fedsim.flower.server import initial_arrays
+from fedsim.flower.session import session
+from fedsim.learning.config import LocalConfig
+from fedsim.learning.models import linear_regression
+from fedsim.learning.threads import one_thread
+from fedsim.learning.trainer import Trainer
+from fedsim.network import replay, star_network
+from topologies.replay import Replayed, is_collective_reference, replay_collectives
 
-__all__ = ["TOLERANCE", "FamilyResult", "network_error", "verify"]
+__all__ = ["COMPRESSION_TOLERANCE", "TOLERANCE", "FamilyResult", "network_error", "verify"]
 
 TOLERANCE = 1e-6
+"""Of the network's answers."""
+
+COMPRESSION_TOLERANCE = 1e-9
+"""Of the iterates of compressed algorithms, relative to the largest entry of a trace (or 1)."""
+
+_SHIPPED = ("collectives.json.gz", "encoding_vectors.json", "network.json.gz")
+_LEVELS = 3  # of the quantisation in golden traces
+_VECTOR_KEYS = {"v", "u", "s", "dense_hex", "sparse_hex"}
+_ALGORITHMS = {
+    "ArtemisND": "artemis_nd",
+    "BiQSGD": "bi_qsgd",
+    "DblSqz": "double_squeeze",
+    "MCM-a0": "mcm_no_memory",
+    "MCM-a1": "mcm_undamped",
+    "MCM-noDwnMem": "mcm_no_memory",
+    "RandMCM": "rand_mcm",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +69,9 @@ class FamilyResult:
     Attributes
     ----------
     family : str
-    n_cases, n_flows : int
+    n_cases : int
     worst : float
-        Largest error of a flow relative to its duration; inf if one failed that should not have,
-        or the reverse.
+        Largest relative error; inf if something failed that should not have, or the reverse.
     worst_case : str
         The case where it occurs.
     tolerance : float
@@ -40,10 +79,9 @@ class FamilyResult:
 
     family: str
     n_cases: int
-    n_flows: int
     worst: float
     worst_case: str
-    tolerance: float = TOLERANCE
+    tolerance: float
 
     @property
     def is_passed(self) -> bool:
@@ -57,8 +95,11 @@ def verify(cases: Path | None = None) -> list[FamilyResult]:
     Parameters
     ----------
     cases : Path, optional
-        A directory of ``*.json`` or ``*.json.gz`` files, each with one case or a list of cases, or
-        one such file; by default the cases that ship with the package.
+        A directory of ``*.json`` or ``*.json.gz`` files, or one such file; by default the cases
+        that ship with the package. A file holds one network case, a list of them, or answers for
+        collectives. Golden traces of compression are ``NAME_golden.npz`` (or
+        ``NAME_golden_pp.npz``, under partial participation) beside ``NAME_data.npz``; a
+        ``NAME_summary.json`` is left alone.
 
     Returns
     -------
@@ -70,17 +111,24 @@ def verify(cases: Path | None = None) -> list[FamilyResult]:
     ScenarioError
         If there are no cases, or a file is not readable as one.
     """
-    found: dict[str, list[tuple[str, int, float]]] = {}
-    for name, case in _read(cases):
-        family = str(case.get("family", "network"))
-        found.setdefault(family, []).append((name, len(case["flows"]), network_error(case)))
+    found: dict[str, list[Replayed]] = {}
+    traces = list(_traces(cases))
+    for name, content in _read(cases):
+        try:
+            for answer in _replay(name, content):
+                found.setdefault(answer.family, []).append(answer)
+        except ScenarioError:
+            if not traces:  # beside golden traces there may be tables of other things
+                raise
+    for name, problem, golden in traces:
+        for answer in _replay_traces(name, problem, golden):
+            found.setdefault(answer.family, []).append(answer)
     if not found:
-        raise ScenarioError(f"{cases}: no reference cases (*.json) there")
+        raise ScenarioError(f"{cases}: no reference cases (*.json, *_golden.npz) there")
     results = []
-    for family, entries in sorted(found.items()):
-        worst_case, _, worst = max(entries, key=lambda entry: entry[2])
-        n_flows = sum(entry[1] for entry in entries)
-        results.append(FamilyResult(family, len(entries), n_flows, worst, worst_case))
+    for family, answers in sorted(found.items()):
+        worst = max(answers, key=lambda answer: (answer.error > answer.tolerance, answer.error))
+        results.append(FamilyResult(family, len(answers), worst.error, worst.case, worst.tolerance))
     return results
 
 
@@ -104,30 +152,172 @@ def network_error(case: Mapping[str, Any]) -> float:
     return worst
 
 
-def _read(cases: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, case) of every case."""
-    if cases is None:
-        data = resources.files("fedsim").joinpath("reference/network.json.gz").read_bytes()
-        yield from _cases_of("network.json.gz", data)
+def _replay(name: str, content: Any) -> Iterator[Replayed]:
+    if is_collective_reference(content):
+        yield from replay_collectives(content)
         return
-    if not cases.exists():
-        raise ScenarioError(f"{cases}: no such file or directory")
-    files: Iterable[Path] = [cases]
-    if cases.is_dir():
-        files = sorted([*cases.glob("*.json"), *cases.glob("*.json.gz")])
-    for file in files:
-        yield from _cases_of(str(file), file.read_bytes())
-
-
-def _cases_of(name: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = gzip.decompress(data) if name.endswith(".gz") else data
-        content = json.loads(text)
-    except (OSError, EOFError, ValueError) as error:
-        raise ScenarioError(f"{name}: not JSON ({error})") from error
+    if isinstance(content, list) and all(
+        isinstance(each, dict) and each.keys() >= _VECTOR_KEYS for each in content
+    ):
+        yield from _replay_messages(name, content)
+        return
     for index, case in enumerate(content if isinstance(content, list) else [content]):
         if not isinstance(case, dict) or not {"links", "flows", "finish_s"} <= case.keys():
             raise ScenarioError(
-                f"{name}: entry {index} is no network case (needs links, flows and finish_s)"
+                f"{name}: entry {index} is neither a network case (links, flows, finish_s) nor "
+                "answers for collectives"
             )
-        yield str(case.get("name", name)), case
+        family = f"network {case.get('family', 'case')}"
+        yield Replayed(family, str(case.get("name", name)), network_error(case), TOLERANCE)
+
+
+def _read(cases: Path | None) -> Iterator[tuple[str, Any]]:
+    """Yield the name and content of every file."""
+    if cases is None:
+        for name in _SHIPPED:
+            data = resources.files("fedsim").joinpath("reference", name).read_bytes()
+            yield name, _content(name, data)
+        return
+    if not cases.exists():
+        raise ScenarioError(f"{cases}: no such file or directory")
+    files: Iterable[Path] = [] if cases.suffix == ".npz" else [cases]
+    if cases.is_dir():
+        found = [*cases.glob("*.json"), *cases.glob("*.json.gz")]
+        files = sorted(file for file in found if not file.name.endswith("_summary.json"))
+    for file in files:
+        yield str(file), _content(str(file), file.read_bytes())
+
+
+def _content(name: str, data: bytes) -> Any:
+    try:
+        return json.loads(gzip.decompress(data) if name.endswith(".gz") else data)
+    except (OSError, EOFError, ValueError) as error:
+        raise ScenarioError(f"{name}: not JSON ({error})") from error
+
+
+# --- golden traces of compression -----------------------------------------------------------------
+
+
+def _traces(cases: Path | None) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Yield the name, problem and golden iterates of every pair of files."""
+    root: Any = resources.files("fedsim").joinpath("reference") if cases is None else cases
+    if cases is not None and cases.is_file():
+        root = cases.parent
+        files = [cases] if cases.suffix == ".npz" else []
+    else:
+        files = sorted(root.iterdir(), key=lambda file: file.name) if root.is_dir() else []
+    for file in files:
+        name, marked, rest = file.name.partition("_golden")
+        if not marked or rest not in (".npz", "_pp.npz"):
+            continue
+        yield file.name, _arrays(root.joinpath(f"{name}_data.npz"), "X", "Y"), _arrays(file)
+
+
+def _arrays(file: Any, *needed: str) -> dict[str, NDArray[Any]]:
+    try:
+        with file.open("rb") as opened, np.load(opened) as arrays:
+            found = dict(arrays)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise ScenarioError(f"{file}: cannot be read as arrays ({error})") from error
+    if missing := [name for name in needed if name not in found]:
+        raise ScenarioError(f"{file}: has no array {missing[0]!r}, only {', '.join(found)}")
+    return found
+
+
+def _replay_messages(name: str, vectors: Sequence[Mapping[str, Any]]) -> Iterator[Replayed]:
+    """Compare encoded messages byte for byte: an error is the number of bytes that differ."""
+    quantise = registry.import_object("strategies.compression:Quantise")
+    pack = registry.import_object("strategies.compression:pack")
+    for i, vector in enumerate(vectors):
+        rows, draws = (torch.tensor([vector[key]], dtype=torch.float64) for key in "vu")
+        for encoding in ("dense", "sparse"):
+            used = quantise(levels=vector["s"], encoding=encoding)
+            found = pack(used, rows, lambda shape, dtype, draws=draws: draws).encode(0)
+            expected = bytes.fromhex(vector[f"{encoding}_hex"])
+            n_wrong = sum(a != b for a, b in zip(found, expected, strict=False))
+            error = float(n_wrong + abs(len(found) - len(expected)))
+            yield Replayed("compression messages", f"{name} {i} {encoding}", error, 0.0)
+
+
+def _replay_traces(
+    name: str, problem: Mapping[str, Any], golden: Mapping[str, Any]
+) -> Iterator[Replayed]:
+    """Run every algorithm of a file; an error is relative to the largest entry, or 1."""
+    x, y = problem["X"], problem["Y"]
+    mask = golden.get("mask")
+    smoothness = np.mean([2 * np.linalg.norm(each.T @ each) / len(each) for each in x])
+    rate = float(1 / smoothness if mask is None else 1 / (2 * smoothness))
+    for key, expected in golden.items():
+        if key == "mask":
+            continue
+        label, _, correction = key.partition("_PP")
+        settings: dict[str, Any] = {"learning_rate": rate}
+        if mask is not None:
+            settings |= {"participation": 0.5, "correction": f"pp{correction or 1}"}
+        algorithm = _ALGORITHMS.get(label, label.lower())
+        found = _iterates(x, y, algorithm, settings, len(expected), mask)
+        if found.shape != expected.shape:
+            raise ScenarioError(
+                f"{name}: {key} has the shape {expected.shape}, the iterates {found.shape}"
+            )
+        scale = max(1.0, float(np.abs(expected).max()))
+        error = float(np.abs(found - expected).max()) / scale
+        family = "compression" if mask is None else "compression, partial participation"
+        yield Replayed(
+            family, f"{name} {key}", error if error == error else inf, COMPRESSION_TOLERANCE
+        )
+
+
+def _iterates(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    algorithm: str,
+    settings: Mapping[str, Any],
+    rounds: int,
+    mask: NDArray[Any] | None,
+) -> NDArray[np.float64]:
+    """Return w_1, w_2, ... of a strategy on a network grid, (rounds, d)."""
+    n_devices, n, d = x.shape
+    quantise = {"kind": "quantise", "levels": _LEVELS, "precision": "float64"}
+    participants = None
+    if mask is not None:
+
+        def participants(server_round: int, nodes: Sequence[int]) -> list[int]:
+            return [
+                node for node, takes in zip(nodes, mask[server_round - 1], strict=True) if takes
+            ]
+
+    with quiet_flower(), one_thread():
+        strategy = registry.resolve("strategy", "compressed_sgd")(
+            algorithm=algorithm,
+            up=quantise,
+            down=quantise,
+            rounding="nearest",
+            participants=participants,
+            **settings,
+        )
+        rows = torch.from_numpy(x.reshape(-1, d).copy())
+        labels = torch.from_numpy(y.reshape(-1).copy())
+        size = np.full(n_devices, n)
+        data = FederatedData(
+            "least squares", rows, labels, np.cumsum(size) - size, size, rows[:1], labels[:1], 0
+        )
+        trainer = Trainer(linear_regression((d,), 0, bias=False), data, seed=0)
+        plan = WorkPlan(LocalConfig(batch_size=0), size)
+        env = simpy.Environment()
+        fast = np.full(n_devices, np.inf)
+        network = star_network(env, uplink_bps=fast, downlink_bps=fast, latency=np.zeros(n_devices))
+        executor = VectorisedExecutor(
+            trainer, plan, node_base=NODE_BASE, halves=strategy.device_halves
+        )
+        fleet = DeviceFleet(np.ones(n_devices), None)
+        grid = NetworkGrid(env, network, fleet, executor, plan)
+        iterates: list[NDArray[np.float64]] = []
+
+        def note(server_round: int, arrays: Any) -> None:
+            if server_round:
+                iterates.append(next(iter(arrays.values())).numpy().reshape(-1))
+
+        with session(grid, 0):
+            strategy.start(grid, initial_arrays(trainer), num_rounds=rounds, evaluate_fn=note)
+    return np.array(iterates)

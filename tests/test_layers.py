@@ -10,7 +10,7 @@ LAYERS = [
     {"errors"},
     {"streams", "units"},
     {"registry"},
-    {"document"},
+    {"document", "graphs"},
     {"scenario", "data"},
     {"network", "learning", "devices", "recorder"},
     {"results"},
@@ -22,8 +22,8 @@ LAYERS = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {
-    "torch": {"data", "learning", "flower", "executors", "strategies"},
-    "simpy": {"network", "flower", "runner"},
+    "torch": {"data", "learning", "flower", "executors", "strategies", "verify"},
+    "simpy": {"network", "flower", "runner", "verify"},
     "flwr": {"flower", "executors", "app", "strategies"},
     "yaml": {"document", "scenario"},
     "typer": {"cli"},

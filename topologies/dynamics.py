@@ -4,6 +4,7 @@ A changing graph is a function of the round (0, 1, ...) that depends on nothing 
 round can be asked for in any order. `timeline` turns it into (time, active edges).
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -172,10 +173,12 @@ def b_connectivity(graph_at: GraphAt, rounds: int) -> Connectivity:
     graphs = [graph_at(number) for number in range(rounds)]
     devices = devices_of(graphs[0])
     n = len(devices)
-    windows = [b for b in range(1, rounds + 1) if _every_union_connects(graphs, b)]
+    # A longer window connects whatever a shorter one does: bisection finds the shortest.
+    widths = range(1, rounds + 1)
+    first = bisect_left(widths, True, key=lambda width: _every_union_connects(graphs, width))
     degrees = [[graph.degree[d] for d in devices] for graph in graphs]
     return Connectivity(
-        window=min(windows, default=None),
+        window=widths[first] if first < rounds else None,
         connected_share=sum(_connects(graph) for graph in graphs) / rounds,
         mean_isolated=sum(row.count(0) for row in degrees) / rounds,
         mean_degree=sum(map(sum, degrees)) / (rounds * n),

@@ -177,9 +177,14 @@ def _level(
                 if (rank, block) not in blocks or number >= len(blocks[rank, block]):
                     raise ValueError(f"{step.where}: depends on tb {block}, step {number}: none")
                 step.before.append(blocks[rank, block][number])
+    idle = [step for steps in blocks.values() for step in steps if step.kind == "nop"]
     changed = True
     while changed:
         changed = False
+        for step in idle:
+            time = max((_earliest(e, to_send=True) for e in step.before), default=0)
+            changed |= time > step.received
+            step.received = time
         for sender, receiver, _, _ in messages:
             times = [_earliest(e, to_send=True) for e in sender.before]
             times += [_earliest(e, to_send=False) for e in receiver.before]
@@ -201,5 +206,5 @@ def _earliest(earlier: _Step, *, to_send: bool) -> int:
     if earlier.kind in _SENDS:
         times.append(earlier.sent + to_send)
     if earlier.kind == "nop":
-        times += [_earliest(step, to_send=to_send) for step in earlier.before]
+        times.append(earlier.received)
     return max(times)

@@ -5,9 +5,9 @@ the next starts when it ends (global barrier). Links are full duplex, switches h
 their own, bytes are not stored and forwarded. Rates that change are integrated exactly: a link's
 clock counts the seconds it has worked at its full rate.
 
-With a local barrier a rank goes on as soon as it has all messages of its step. A link then serves
-messages in the order in which they are released, those released together share it, so that equal
-ranks take the same time as with the global barrier.
+With a local barrier a rank goes on as soon as it has all messages of its step and its own have
+arrived. A link then serves messages in the order in which they are released, those released
+together share it, so that equal ranks take the same time as with the global barrier.
 
 Decision: what the ideal model leaves out (incast, a cost per message; hash imbalance is the
 router's mode) is off unless asked for, in `CostModel`.
@@ -247,7 +247,7 @@ def time_schedule(
         When the ranks are ready (s), one value or one for each rank.
     barrier : str
         ``global``: a step starts when the last one of all ranks has ended; ``local``: when the
-        rank has received all of the last one.
+        rank's own messages of the last one have come and gone.
     changes : sequence of LinkChange
     on_failure : str
         What a message does whose link goes down: ``error`` stops with the link, the step and the
@@ -431,6 +431,7 @@ def _local(run: _Run, ready: FloatArray) -> Timing:
                 float(need[last]),
             )
         )
+        np.maximum.at(after, step.source, arrived)
         ready = np.maximum(ready, after)
     start, finish, critical, transfer = (np.array(c) for c in zip(*rows, strict=True))
     return Timing(float(finish.max()) - begin, start, finish, critical, transfer)

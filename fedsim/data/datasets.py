@@ -4,6 +4,8 @@ Every loader is `load_x(*, ..., data_dir=None, seed=0) -> Dataset` and takes onl
 `test_fraction` and `seed` where there is no official test set, `data_dir` where files are read.
 """
 
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -224,21 +226,27 @@ def load_npz(*, path: str | Path, data_dir: Path | None = None) -> Dataset:
     if not found.exists() and data_dir is not None:
         found = Path(data_dir) / path
     if not found.is_file():
-        raise ScenarioError(f"data.path: no file {str(path)!r} (looked for {found.absolute()})")
+        raise ScenarioError(
+            f"data.dataset.path: no file {str(path)!r} (looked for {found.absolute()})"
+        )
+    if not zipfile.is_zipfile(found):
+        raise ScenarioError(f"data.dataset.path: {found} is no .npz file")
     try:
         with np.load(found, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files if key in (*_NPZ_KEYS, "device_train")}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
-        raise ScenarioError(f"data.path: cannot read {found} as .npz: {error}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ScenarioError(f"data.dataset.path: cannot read {found} as .npz: {error}") from error
     missing = [key for key in _NPZ_KEYS if key not in arrays]
     if missing:
         raise ScenarioError(
-            f"data.path: {found} lacks {', '.join(missing)}; needed are {', '.join(_NPZ_KEYS)} "
-            "and optionally device_train"
+            f"data.dataset.path: {found} lacks {', '.join(missing)}; needed are "
+            f"{', '.join(_NPZ_KEYS)} and optionally device_train"
         )
     scalar = [key for key in arrays if arrays[key].ndim == 0]
     if scalar:
-        raise ScenarioError(f"data.path: {scalar[0]} in {found} is a single number, not an array")
+        raise ScenarioError(
+            f"data.dataset.path: {scalar[0]} in {found} is a single number, not an array"
+        )
     for key in ("x_train", "x_test"):
         if arrays[key].dtype == np.uint8:
             arrays[key] = arrays[key].astype(np.float32) / 255

@@ -199,4 +199,4 @@ def _tensor(array: NDArray[Any]) -> Tensor:
     """Return a tensor of its own memory: torch warns about read-only arrays."""
     if array.dtype.kind in "iu" and array.dtype != np.uint8:
         array = array.astype(np.int64)
-    return torch.from_numpy(np.array(array, order="C"))
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

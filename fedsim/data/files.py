@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsim.errors import ScenarioError
+from fedsim.errors import MissingDataError
 
 __all__ = ["DATA_FILES", "DataFile", "PresentFile", "data_directories", "find", "present_files"]
 
@@ -168,7 +168,7 @@ def need(dataset: str, part: str, data_dir: Path | None = None) -> Path:
 
     Raises
     ------
-    ScenarioError
+    MissingDataError
         If it is nowhere: lists the names searched and where to get the file.
     """
     path = find(dataset, part, data_dir)
@@ -177,11 +177,11 @@ def need(dataset: str, part: str, data_dir: Path | None = None) -> Path:
     return path
 
 
-def missing(dataset: str, parts: tuple[str, ...], data_dir: Path | None) -> ScenarioError:
+def missing(dataset: str, parts: tuple[str, ...], data_dir: Path | None) -> MissingDataError:
     """Return the error for parts of a data set that are nowhere."""
     names = [n for f in DATA_FILES if f.dataset == dataset and f.part in parts for n in f.names]
     where = ", ".join(str(directory.absolute()) for directory in data_directories(data_dir))
-    return ScenarioError(
+    return MissingDataError(
         f"data.dataset: {dataset} is not there; looked in {where} for {', '.join(names)}; get it "
         f"from {SOURCES[dataset]} and name its directory with --data-dir or FEDSIM_DATA"
     )

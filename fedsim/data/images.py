@@ -207,11 +207,15 @@ def load_image_folder(
     if not root.is_dir() and data_dir is not None:
         root = Path(data_dir) / path
     if not root.is_dir():
-        raise ScenarioError(f"data.path: no directory {str(path)!r} (looked for {root.absolute()})")
+        raise ScenarioError(
+            f"data.dataset.path: no directory {str(path)!r} (looked for {root.absolute()})"
+        )
     is_split = (root / "train").is_dir() and (root / "test").is_dir()
     classes = sorted(p.name for p in (root / "train" if is_split else root).iterdir() if p.is_dir())
     if len(classes) < 2:
-        raise ScenarioError(f"data.path: {root} holds {len(classes)} class folders, 2 are needed")
+        raise ScenarioError(
+            f"data.dataset.path: {root} holds {len(classes)} class folders, 2 are needed"
+        )
     if is_split:
         x_train, y_train = _read_folders(root / "train", classes, size, colour)
         x_test, y_test = _read_folders(root / "test", classes, size, colour)
@@ -242,5 +246,5 @@ def _read_folders(
                 raise ScenarioError(f"data: cannot read the picture {file}: {error}") from error
             labels.append(label)
     if not images:
-        raise ScenarioError(f"data.path: no pictures in the class folders of {root}")
+        raise ScenarioError(f"data.dataset.path: no pictures in the class folders of {root}")
     return np.stack(images).transpose(0, 3, 1, 2), np.array(labels, np.int64)

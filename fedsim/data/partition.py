@@ -5,7 +5,7 @@ array of sample indices for every device, each of at least `min_samples`.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedsim.errors import ScenarioError
 
 __all__ = [
+    "check_parts",
     "partition_dirichlet",
     "partition_dirichlet_quantity",
     "partition_flower",
@@ -25,6 +26,40 @@ __all__ = [
 ]
 
 IntArray = NDArray[np.int64]
+
+
+def check_parts(parts: Any, n_devices: int, n_samples: int) -> list[IntArray]:
+    """Return what a partitioner gave as index arrays, if it is a split of so many samples.
+
+    Parameters
+    ----------
+    parts : sequence of sequence of int
+        Sample indices of each device.
+    n_devices, n_samples : int
+
+    Raises
+    ------
+    ScenarioError
+        If there is not one part a device, or one is empty or holds anything but sample indices.
+    """
+    if not isinstance(parts, Sequence) or len(parts) != n_devices:
+        said = f"{len(parts)} parts" if isinstance(parts, Sequence) else type(parts).__name__
+        raise ScenarioError(
+            f"data.partition: gives {said}, not a list of one part for each of {n_devices} devices"
+        )
+    arrays = [np.asarray(part) for part in parts]
+    for device, part in enumerate(arrays):
+        if part.ndim != 1 or not len(part) or part.dtype.kind not in "iu":
+            said = f"an array of shape {part.shape} and type {part.dtype}"
+            raise ScenarioError(
+                f"data.partition: gives device {device} {said}, not sample indices (at least one)"
+            )
+        if part.min() < 0 or part.max() >= n_samples:
+            raise ScenarioError(
+                f"data.partition: gives device {device} indices {part.min()}..{part.max()}, "
+                f"there are samples 0..{n_samples - 1}"
+            )
+    return [part.astype(np.int64, copy=False) for part in arrays]
 
 
 def partition_iid(

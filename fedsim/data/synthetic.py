@@ -295,7 +295,9 @@ def load_logistic(
     return _by_nature("logistic", x, y, n_classes=2)
 
 
-def load_quadratic(*, n_devices: int = 8, dimension: int = 10, seed: int = 20240501) -> Dataset:
+def load_quadratic(
+    *, n_devices: int = 8, dimension: int = 10, problem_seed: int = 20240501
+) -> Dataset:
     """Return strongly heterogeneous quadratic problems f_i(w) = w·H_i w / 2 - b_i·w, in float64.
 
     A device has one sample, H_i and b_i side by side; the model `quadratic` computes f_i(w). The
@@ -304,7 +306,7 @@ def load_quadratic(*, n_devices: int = 8, dimension: int = 10, seed: int = 20240
     Parameters
     ----------
     n_devices, dimension : int
-    seed : int
+    problem_seed : int
         Of numpy's default generator, which draws H_i = M Mᵀ/d + I/2 and b_i = 3 N(0, I) in turn.
 
     Returns
@@ -314,7 +316,7 @@ def load_quadratic(*, n_devices: int = 8, dimension: int = 10, seed: int = 20240
         all f_i.
     """
     _check_counts(n_devices, 1, dimension)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(problem_seed)
     x = np.empty((n_devices, dimension, dimension + 1))
     for i in range(n_devices):
         m = rng.standard_normal((dimension, dimension))

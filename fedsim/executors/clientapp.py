@@ -1,19 +1,32 @@
 """An ordinary Flower `ClientApp`, called in this process for one device after another."""
 
 import logging
-from collections.abc import Sequence
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 
+import numpy as np
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.clientapp.typing import Mod
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+)
 
+from fedsim.errors import ScenarioError
 from fedsim.executors.vectorised import train_or_evaluate
 from fedsim.flower import compat
-from fedsim.flower.instructions import WorkPlan
+from fedsim.flower.instructions import WorkPlan, round_of
 from fedsim.flower.records import private_copy
 from fedsim.learning.trainer import Trainer
+from fedsim.streams import bits
 
-__all__ = ["ClientAppExecutor", "device_app"]
+__all__ = ["ClientAppExecutor", "check_app", "device_app", "mods_needed_by"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,15 +45,30 @@ class ClientAppExecutor:
         Devices of the scenario (``num-partitions``).
     node_base : int
         Node id of device 0.
+    run_config : mapping, optional
+        What the app finds in ``context.run_config``.
+    seed : int
+        Of the global generators of `random`, numpy and torch, which an app may draw from.
     """
 
     is_stateful = True
 
-    def __init__(self, app: ClientApp, n_devices: int, *, node_base: int) -> None:
+    def __init__(
+        self,
+        app: ClientApp,
+        n_devices: int,
+        *,
+        node_base: int,
+        run_config: Mapping[str, bool | int | float | str] | None = None,
+        seed: int = 0,
+    ) -> None:
         self._app = app
         self._n_devices = n_devices
         self._node_base = node_base
+        self._run_config = dict(run_config or {})
+        self._seed = seed
         self._contexts: dict[int, Context] = {}
+        self._n_answered: Counter[int] = Counter()
 
     def reply_bytes(self, message: Message) -> int | None:
         """Return None: only the app knows what it replies."""
@@ -53,8 +81,13 @@ class ClientAppExecutor:
     def _answer(self, message: Message) -> Message:
         private = copy(message)
         private.content = private_copy(message.content)
+        node_id = message.metadata.dst_node_id
+        device, nth = node_id - self._node_base, self._n_answered[node_id]
+        self._n_answered[node_id] += 1
+        seed = int(bits(self._seed, "client-app", device, round_of(message), nth))
         try:
-            return self._app(message=private, context=self._context(message.metadata.dst_node_id))
+            with _global_generators(seed):
+                return self._app(message=private, context=self._context(node_id))
         except Exception as error:  # whatever the user's code raises
             _log.debug("the client app raised", exc_info=True)
             return Message(Error(compat.CLIENT_APP_RAISED, repr(error)), reply_to=message)
@@ -69,19 +102,80 @@ class ClientAppExecutor:
                     "num-partitions": self._n_devices,
                 },
                 state=RecordDict(),
-                run_config={},
+                run_config=dict(self._run_config),
             )
         return self._contexts[node_id]
 
 
-def device_app(trainer: Trainer, plan: WorkPlan) -> ClientApp:
-    """Return fedsim's own app: the work of the vectorised executor, for one device at a time."""
+@contextmanager
+def _global_generators(seed: int) -> Iterator[None]:
+    """Seed the global generators of `random`, numpy and torch; put them back afterwards.
+
+    An app shuffles with them, and Flower samples nodes with the first: each would shift the
+    other's numbers, and what a device draws would depend on who was computed before it.
+    """
+    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
+    has_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = range(torch.cuda.device_count()) if has_gpus else ()
+    with torch.random.fork_rng(devices=gpus):
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(array)  # noqa: NPY002
+            random.setstate(python)
+
+
+def check_app(app: object) -> None:
+    """Refuse what is no `ClientApp`.
+
+    Raises
+    ------
+    ScenarioError
+        Says what it is instead.
+    """
+    if not isinstance(app, ClientApp):
+        name = f" {app.__qualname__!r}" if hasattr(app, "__qualname__") else ""
+        raise ScenarioError(
+            f"executor.app: this is a {type(app).__name__}{name}, not a Flower ClientApp"
+        )
+
+
+def device_app(trainer: Trainer, plan: WorkPlan, mods: Sequence[Mod] = ()) -> ClientApp:
+    """Return fedsim's own app: the work of the vectorised executor, for one device at a time.
+
+    Parameters
+    ----------
+    trainer, plan
+        Who works, and who reads the instructions.
+    mods : sequence of Mod
+        Flower mods around training: what the strategy's device halves are here, and what Flower's
+        own strategies need.
+    """
     app = ClientApp()
 
     def answer(message: Message, context: Context) -> Message:
         device = int(context.node_config["partition-id"])
         return Message(train_or_evaluate(trainer, plan, [message], [device])[0], reply_to=message)
 
-    app.train()(answer)
+    app.train(mods=list(mods))(answer)
     app.evaluate()(answer)
     return app
+
+
+def mods_needed_by(strategy: object) -> list[Mod]:
+    """Return the mods that a strategy, or one that it wraps, expects on the devices.
+
+    Flower's client-side differential privacy leaves the clipping to a mod; without it updates
+    travel unclipped, under noise that is far too small for them.
+    """
+    mods: list[Mod] = []
+    while strategy is not None:
+        if isinstance(strategy, DifferentialPrivacyClientSideFixedClipping):
+            mods.append(fixedclipping_mod)
+        elif isinstance(strategy, DifferentialPrivacyClientSideAdaptiveClipping):
+            mods.append(adaptiveclipping_mod)
+        strategy = getattr(strategy, "strategy", None)
+    return mods

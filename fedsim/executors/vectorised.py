@@ -2,12 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedsim.errors import PayloadError
+from fedsim.executors.halves import DeviceHalf, HalvesOfDevices
 from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan, round_of
 from fedsim.flower.records import payload_bytes, stack_records, stacked_record
@@ -20,8 +23,12 @@ __all__ = ["VectorisedExecutor", "train_or_evaluate"]
 class VectorisedExecutor:
     """Computes a batch of instructions by training all their devices together.
 
-    Devices keep no state between instructions: a reply depends on its message alone, whatever
-    else is in the batch. Instructions with different base models or local configs may share one.
+    A reply depends on its message and on the state of its device's halves alone, whatever else is
+    in the batch. Instructions with different base models or local configs may share one.
+
+    Decision: a half's state belongs to whole batches, of which a device holds a row. It is computed
+    with the reply, but becomes the device's when the reply arrives (`settle`), and is dropped with
+    a lost one; until then the device is not computed again (`can_compute`).
 
     Parameters
     ----------
@@ -31,20 +38,43 @@ class VectorisedExecutor:
         Reads instructions.
     node_base : int
         Node id of device 0.
+    halves : sequence of device halves
+        What devices do around their local work, as the strategy says: the first receives first and
+        replies last.
     """
 
     is_stateful = False
 
-    def __init__(self, trainer: Trainer, plan: WorkPlan, *, node_base: int) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        plan: WorkPlan,
+        *,
+        node_base: int,
+        halves: Sequence[DeviceHalf] = (),
+    ) -> None:
         self._trainer = trainer
         self._plan = plan
         self._node_base = node_base
+        self._halves = HalvesOfDevices(halves) if halves else None
 
     def reply_bytes(self, message: Message) -> int | None:
-        """Return the dense payload of the reply: a trained model is as large as the one sent."""
+        """Return the dense payload of the reply: a trained model is as large as the one sent.
+
+        None if a half decides what is sent.
+        """
         if message.metadata.message_type.startswith("train"):
-            return payload_bytes(message.content)
+            return payload_bytes(message.content) if self._halves is None else None
         return 0
+
+    def can_compute(self, message: Message) -> bool:
+        """Return whether the state of the message's device is known."""
+        return self._halves is None or self._halves.is_settled(message)
+
+    def settle(self, message_id: str, *, has_arrived: bool) -> None:
+        """Take up the state that a device had after a message, or drop it."""
+        if self._halves is not None:
+            self._halves.settle(message_id, has_arrived=has_arrived)
 
     def __call__(self, messages: Sequence[Message]) -> list[Message]:
         """Return the reply to each message, in the same order.
@@ -55,12 +85,12 @@ class VectorisedExecutor:
             If a message is of a type that devices do not handle, or its arrays do not fit the
             model.
         """
-        contents = train_or_evaluate(
-            self._trainer,
-            self._plan,
-            messages,
-            [message.metadata.dst_node_id - self._node_base for message in messages],
-        )
+        devices = [message.metadata.dst_node_id - self._node_base for message in messages]
+        work = partial(train_or_evaluate, self._trainer, self._plan)
+        if self._halves is None:
+            contents = work(messages, devices)
+        else:
+            contents = self._halves.around(work, messages, devices, self._trainer.stack.device)
         return [
             Message(content, reply_to=message)
             for content, message in zip(contents, messages, strict=True)
@@ -168,7 +198,9 @@ def _evaluate(
     batch: Sequence[Message],
     config: LocalConfig,
 ) -> list[RecordDict]:
-    loss, accuracy, samples = trainer.evaluate_devices(base, rows, who)
+    has_tests = getattr(trainer.data, "local_test_size", None) is not None
+    split: Literal["train", "test"] = "test" if has_tests else "train"
+    loss, accuracy, samples = trainer.evaluate_devices(base, rows, who, split=split)
     return [
         RecordDict(
             {"metrics": MetricRecord({"num-examples": n, "eval_loss": x, "eval_accuracy": a})}

@@ -14,7 +14,8 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import simpy
@@ -22,9 +23,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 
 from fedsim.devices import DeviceFleet
-from fedsim.errors import NetworkError, NoNodesError
+from fedsim.errors import NetworkError, NoNodesError, PayloadError, ScenarioError
 from fedsim.flower import compat
-from fedsim.flower.instructions import WorkPlan, read_exchange, round_of
+from fedsim.flower.instructions import (
+    NODE_BASE,
+    Exchange,
+    WorkPlan,
+    read_exchange,
+    round_of,
+    server_round,
+)
+from fedsim.flower.peers import PeerGraph, agreed_manners, check_node, group, peers_of, received
 from fedsim.flower.records import (
     cast_like,
     flower_bytes,
@@ -35,12 +44,10 @@ from fedsim.flower.records import (
 from fedsim.learning.config import LocalConfig
 from fedsim.network import Delivery, Network
 from fedsim.network.exchange import Trip, serve
+from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import ComputeRow, Recorder, TransferRow
 
 __all__ = ["NODE_BASE", "Executor", "NetworkGrid", "Traffic"]
-
-NODE_BASE = 1000
-"""Flower node id of device 0 (0 and 1 mean something else in Flower)."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +60,10 @@ class Executor(Protocol):
     is_stateful : bool
         Whether a device keeps state from one instruction to the next. Then an instruction is
         computed only when its device has begun to work on it, in the device's own order.
+
+    An executor that computes ahead and keeps state has two methods more: ``can_compute(message)``
+    tells whether the state a message meets is known, and ``settle(message_id, has_arrived=...)``
+    is called when its reply arrives or is lost.
     """
 
     is_stateful: bool
@@ -70,12 +81,14 @@ class Traffic:
 
     Attributes
     ----------
-    bytes_down, bytes_up : int
+    bytes_down, bytes_up, bytes_peer : int
         Payloads released, counted once, end to end, lost ones included.
     messages_sent, messages_lost : int
-        Messages released, instructions and replies alike, and those that did not arrive.
+        Messages released on the network, and those that did not arrive.
     error_replies : int
         Replies in which a device's app reported an error.
+    first_error : str
+        What the first of them says, and which device it is from.
     selected, replied : set of int
         Devices that were sent a train instruction, and whose train reply was handed over.
     train, evaluate : list of (device, metrics)
@@ -84,9 +97,11 @@ class Traffic:
 
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_peer: int = 0
     messages_sent: int = 0
     messages_lost: int = 0
     error_replies: int = 0
+    first_error: str = ""
     selected: set[int] = field(default_factory=set)
     replied: set[int] = field(default_factory=set)
     train: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
@@ -99,14 +114,33 @@ class _Flight:
 
     message: Message | None  # None: only its sender still holds it (see NetworkGrid._abandon)
     trip: Trip
+    exchange: Exchange
     expires: float
-    known_bytes: int | None  # of the reply, where nothing need be computed to know it
+    known_bytes: int | None  # of its payload, where nothing need be computed to know it
     reply: Message | None = None  # computed, whether or not it has arrived
     sender: "weakref.ref[Message] | None" = None
+    is_expired: bool = False
 
     @property
     def is_ready(self) -> bool:
+        if self.is_expired:
+            return self.reply is not None
         return self.trip.has_arrived or (self.trip.is_lost and self.reply is not None)
+
+    @property
+    def sends_result(self) -> bool:
+        """Whether its payload is what its work makes, not what it was sent."""
+        return self.exchange.kind == "server" or self.exchange.manner.when == "after"
+
+    @property
+    def sent(self) -> Message | None:
+        """The message whose arrays its device sends to its neighbours."""
+        return self.reply if self.sends_result else self.message
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its device's app raised, so that there was nothing to send."""
+        return self.sends_result and self.reply is not None and self.reply.has_error()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +149,9 @@ class _Cargo:
 
     content: RecordDict
     config: LocalConfig
-    size_bytes: int
-    reply_bytes: int | None  # asked for by the instruction
+    size_bytes: int  # without the header
+    exchange: Exchange
+    round: int | None  # that it names
 
 
 class NetworkGrid(Grid):
@@ -144,6 +179,10 @@ class NetworkGrid(Grid):
         Cast float arrays on the way down to the dtype their key first had.
     free_evaluation : bool
         Evaluate messages take no time and no bytes and are never lost.
+    peers : PeerGraph, optional
+        Who a device's neighbours are where an instruction does not say.
+    seed : int
+        Of the choice among neighbours, where not all are sent to.
 
     Attributes
     ----------
@@ -166,6 +205,8 @@ class NetworkGrid(Grid):
         accounting: Literal["dense", "flower"] = "dense",
         keep_dtypes: bool = True,
         free_evaluation: bool = False,
+        peers: PeerGraph | None = None,
+        seed: int = 0,
         keep_trips: bool = False,
     ) -> None:
         self.env = env
@@ -175,6 +216,10 @@ class NetworkGrid(Grid):
         self.recorder: Recorder | None = None
         self.on_train_push: Callable[[], None] = lambda: None
         self._executor = executor
+        self._can_compute: Callable[[Message], bool] = getattr(
+            executor, "can_compute", lambda message: True
+        )
+        self._settle: Callable[..., None] = getattr(executor, "settle", lambda i, has_arrived: None)
         self._work = work
         self._loss_reply = loss_reply
         self._header_bytes = header_bytes
@@ -182,13 +227,17 @@ class NetworkGrid(Grid):
         self._is_dense = accounting == "dense"
         self._keep_dtypes = keep_dtypes
         self._free_evaluation = free_evaluation
+        self._peers = peers
+        hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
+        self._neighbours = Neighbours(network, fleet, len(fleet), hooks, seed=seed)
         self._template: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._run = compat.empty_run()
         self._n_pushed = 0
+        self._round = 0
         self._flights: dict[str, _Flight] = {}
         self._uncomputed: dict[str, _Flight] = {}
         self._lost: set[str] = set()
-        self._forgotten: dict[str, int] = {}  # reply sizes of trips that nobody waits for
+        self._given_up: dict[str, _Flight] = {}  # still under way, but nobody can ask any more
         self._waiting: set[str] = set()  # ids somebody waits for now
         self._was_hopeless = False
         self._traffic = Traffic()
@@ -230,18 +279,32 @@ class NetworkGrid(Grid):
             If a message asks for an exchange that this grid does not carry.
         NetworkError
             If a message goes to a node that does not exist.
+        ScenarioError
+            If a message travels by way of the server and the topology has none.
         """
         batch = list(messages)
+        if len({id(message) for message in batch}) < len(batch):
+            raise PayloadError("the same Message is twice in one push; build one for each node")
         cargoes: dict[int, _Cargo] = {}
         for message in batch:
-            self._check_node(message.metadata.dst_node_id)
+            check_node(message.metadata.dst_node_id, len(self.fleet))
             if id(message.content) not in cargoes:
                 cargoes[id(message.content)] = self._load(message.content)
+        loads = [cargoes[id(message.content)] for message in batch]
+        peers = [self._peers_of(m, load) for m, load in zip(batch, loads, strict=True)]
+        manners = agreed_manners([(load.round, load.exchange) for load in loads])
         if any(_is_train(message) for message in batch):
             self.on_train_push()
-        flights = [self._board(message, cargoes[id(message.content)]) for message in batch]
-        for flight in flights:
-            self._depart(flight.trip)
+        self._start_round(max((load.round or 0 for load in loads), default=0))
+        flights = [self._board(m, load) for m, load in zip(batch, loads, strict=True)]
+        between: list[tuple[Trip, list[int]]] = []
+        for flight, among in zip(flights, peers, strict=True):
+            if among is None:
+                self._depart(flight.trip)
+            else:
+                between.append((flight.trip, among))
+        for trips, known in group(between):
+            self._neighbours.begin(trips, known, manners[trips[0].round])
         self._was_hopeless = False
         return [flight.trip.message_id for flight in flights]
 
@@ -288,6 +351,7 @@ class NetworkGrid(Grid):
         replies = self._collect(ids)
         for message_id in ids:
             if message_id in self._flights:
+                self._flights[message_id].trip.is_closed = True
                 self._abandon(self._flights[message_id])
         return replies
 
@@ -304,6 +368,7 @@ class NetworkGrid(Grid):
 
     def advance(self, seconds: float) -> None:
         """Let virtual time pass."""
+        self._neighbours.settle()
         self.env.run(until=self.env.now + seconds)
 
     def wait_for_nodes(self, seconds: float) -> None:
@@ -332,11 +397,6 @@ class NetworkGrid(Grid):
 
     # --- an instruction's way -----------------------------------------------------------------
 
-    def _check_node(self, node_id: int) -> None:
-        if not 0 <= node_id - NODE_BASE < len(self.fleet):
-            last = NODE_BASE + len(self.fleet) - 1
-            raise NetworkError(f"there is no node {node_id}; nodes are {NODE_BASE} to {last}")
-
     def _load(self, content: RecordDict) -> _Cargo:
         """Copy and weigh what all messages with this content carry."""
         exchange = read_exchange(content)
@@ -349,9 +409,29 @@ class NetworkGrid(Grid):
         return _Cargo(
             content=copied,
             config=self._work.local_config(copied),
-            size_bytes=self._count(copied) + self._header_bytes,
-            reply_bytes=exchange.payload_bytes,
+            size_bytes=self._count(copied),
+            exchange=exchange,
+            round=server_round(copied),
         )
+
+    def _start_round(self, number: int) -> None:
+        """Tell links that are drawn anew for each round which round it is."""
+        if number and number != self._round:
+            self._round = number
+            self.network.start_round(number)
+
+    def _peers_of(self, message: Message, cargo: _Cargo) -> list[int] | None:
+        """Return the devices that a message's device may send to; None: the server."""
+        node_id = message.metadata.dst_node_id
+        if cargo.exchange.kind == "neighbours":
+            return peers_of(node_id, cargo.exchange, cargo.round, self._peers, len(self.fleet))
+        if self.network.server is None and not self._is_free(message.metadata.message_type):
+            raise ScenarioError(
+                "topology: it has no server, and this strategy's messages travel by way of one; "
+                "use a topology that has a server (kind: star, tree), or a strategy whose devices "
+                "exchange with their neighbours"
+            )
+        return None
 
     def _board(self, message: Message, cargo: _Cargo) -> _Flight:
         """Give a message its id and its snapshot, and a trip in virtual time."""
@@ -368,13 +448,17 @@ class NetworkGrid(Grid):
             pushed=self.env.now,
             round=round_of(message),
             samples=self._work.samples(message, cargo.config, device),
-            bytes_down=cargo.size_bytes,
+            exchange=cargo.exchange.kind,
         )
-        known = cargo.reply_bytes
-        if known is None and self._is_dense:
-            known = self._executor.reply_bytes(message)
         expires = math.inf if meta.ttl == compat.DEFAULT_TTL else self.env.now + meta.ttl
-        flight = _Flight(message, trip, expires, known)
+        known = cargo.exchange.payload_bytes
+        flight = _Flight(message, trip, cargo.exchange, expires, known)
+        if trip.exchange == "server":
+            trip.bytes_down = cargo.size_bytes + self._header_bytes
+        if known is None and not flight.sends_result:
+            flight.known_bytes = cargo.size_bytes
+        elif known is None and self._is_dense:
+            flight.known_bytes = self._executor.reply_bytes(message)
         self._flights[message_id] = self._uncomputed[message_id] = flight
         if self.trips is not None:
             self.trips.append(trip)
@@ -382,9 +466,12 @@ class NetworkGrid(Grid):
             self._traffic.selected.add(device)
         return flight
 
+    def _is_free(self, message_type: str) -> bool:
+        return self._free_evaluation and message_type.startswith("evaluate")
+
     def _depart(self, trip: Trip) -> None:
         is_there = self.fleet.is_available(trip.device, self.env.now)
-        if self._free_evaluation and trip.kind.startswith("evaluate"):
+        if self._is_free(trip.kind):
             trip.bytes_down = 0
             trip.received = trip.started = trip.computed = trip.finished = self.env.now
             trip.outcome = "ok" if is_there else "offline"
@@ -402,10 +489,18 @@ class NetworkGrid(Grid):
             observe=None if self.recorder is None else self._observe,
         )
 
+    def _observe_peer(self, trip: Trip, way: str, delivery: Delivery) -> None:
+        """Count a payload between devices that did not arrive; record it where asked to."""
+        if delivery.outcome != "delivered":
+            self._traffic.messages_lost += 1
+        if self.recorder is not None:
+            self._observe(trip, way, delivery)
+
     def _observe(self, trip: Trip, way: str, delivery: Delivery) -> None:
-        """Record a payload that has arrived or was given up, and the work before a reply."""
+        """Record a payload that has arrived or was given up."""
         assert self.recorder is not None
         kind = way if _is_train_type(trip.kind) else f"{trip.kind.partition('.')[0]}-{way}"
+        released = {"down": trip.pushed, "up": trip.computed, "peer": delivery.started}[way]
         self.recorder.transfer(
             TransferRow(
                 round=trip.round,
@@ -413,7 +508,7 @@ class NetworkGrid(Grid):
                 kind=kind,
                 source=delivery.source,
                 destination=delivery.destination,
-                released=trip.pushed if way == "down" else trip.computed,
+                released=released,
                 started=delivery.started,
                 first_byte=delivery.first_byte,
                 finished=delivery.finished,
@@ -423,55 +518,91 @@ class NetworkGrid(Grid):
             )
         )
         if way == "up":
-            self.recorder.compute(
-                ComputeRow(
-                    round=trip.round,
-                    device=trip.device,
-                    kind=trip.kind.partition(".")[0],
-                    started=trip.started,
-                    finished=trip.computed,
-                )
+            self._record_work(trip)
+
+    def _record_work(self, trip: Trip) -> None:
+        assert self.recorder is not None
+        self.recorder.compute(
+            ComputeRow(
+                round=trip.round,
+                device=trip.device,
+                kind=trip.kind.partition(".")[0],
+                started=trip.started,
+                finished=trip.computed,
             )
+        )
+
+    def _weigh(self, trip: Trip) -> int | None:
+        """Return what a trip's payload weighs, now that it sets off; None if its work failed."""
+        flight = self._flights.get(trip.message_id)
+        if flight is None:  # given up, and nobody kept the instruction
+            flight = self._given_up[trip.message_id]
+        if flight.known_bytes is not None:
+            return flight.known_bytes + self._header_bytes
+        if flight.reply is None:
+            self._compute(needed=flight)
+        assert flight.reply is not None
+        if flight.reply.has_error():
+            return None
+        return self._count(flight.reply.content) + self._header_bytes
 
     def _reply_bytes(self, trip: Trip) -> int:
-        """Return what the reply weighs, now that it sets off."""
-        flight = self._flights.get(trip.message_id)
-        if flight is None:  # abandoned, and nobody kept the instruction
-            size = self._forgotten.pop(trip.message_id)
-        elif flight.known_bytes is not None:
-            size = flight.known_bytes
-        else:
-            if flight.reply is None:
-                self._compute()
-            assert flight.reply is not None
-            size = self._count(flight.reply.content) if flight.reply.has_content() else 0
-        size += self._header_bytes
+        """Return what the reply to the server weighs; an error report weighs a header."""
+        weight = self._weigh(trip)
+        size = self._header_bytes if weight is None else weight
         self._traffic.messages_sent += 1
         self._traffic.bytes_up += size
         return size
 
+    def _load_payload(self, trip: Trip) -> tuple[int, _Flight | None] | None:
+        """Return size and origin of what a device sends to its neighbours."""
+        flight = self._flights.get(trip.message_id)
+        size = self._weigh(trip)
+        return None if size is None else (size, flight)
+
+    def _post_payload(self, size_bytes: int) -> None:
+        self._traffic.messages_sent += 1
+        self._traffic.bytes_peer += size_bytes
+
     def _arrive(self, trip: Trip) -> None:
         """Note that the reply is here, or can no longer come."""
-        self._forgotten.pop(trip.message_id, None)
+        given_up = self._given_up.pop(trip.message_id, None)
         flight = self._flights.get(trip.message_id)
+        is_between = trip.exchange == "neighbours"
+        if self.recorder is not None and is_between and not math.isnan(trip.computed):
+            self._record_work(trip)
         if trip.is_lost:
-            self._traffic.messages_lost += 1
-        elif flight is not None and trip.finished > flight.expires:
+            self._traffic.messages_lost += not is_between and trip.outcome != "failed-device"
+        elif any(f is not None and self.env.now > f.expires for f in (flight, given_up)):
             trip.outcome = "expired"
         if trip.is_lost:
             self._lost.add(trip.message_id)
-            self._uncomputed.pop(trip.message_id, None)
-            if flight is not None:
+            if flight is not None and not flight.is_expired:
                 self._lose(flight)
+        self._settle(trip.message_id, has_arrived=not trip.is_lost)
+        if trip.is_lost or given_up is not None:
+            self._uncomputed.pop(trip.message_id, None)
         self._waiting.discard(trip.message_id)
 
     def _lose(self, flight: _Flight) -> None:
         if self._loss_reply == "missing" or flight.message is None:
             del self._flights[flight.trip.message_id]
             return
-        is_offline = flight.trip.outcome == "offline"
-        code = compat.NODE_UNAVAILABLE if is_offline else compat.MESSAGE_UNAVAILABLE
-        flight.reply = Message(Error(code, flight.trip.outcome), reply_to=flight.message)
+        reason = "expired" if flight.is_expired else flight.trip.outcome
+        is_gone = reason in ("offline", "failed-device")
+        code = compat.NODE_UNAVAILABLE if is_gone else compat.MESSAGE_UNAVAILABLE
+        flight.reply = Message(Error(code, reason), reply_to=flight.message)
+
+    def _expire(self) -> None:
+        """Give up the instructions waited for whose time to live is over."""
+        for message_id in sorted(self._waiting, key=int):
+            flight = self._flights[message_id]
+            if flight.expires <= self.env.now:
+                flight.is_expired = True
+                self._lost.add(message_id)
+                self._waiting.discard(message_id)
+                self._given_up[message_id] = replace(flight)  # it is still under way
+                self._lose(flight)
 
     def _abandon(self, flight: _Flight) -> None:
         """Keep a late instruction only for as long as its sender does.
@@ -480,24 +611,34 @@ class NetworkGrid(Grid):
         this every late reply of a long run would keep a global model alive.
         """
         message, message_id = flight.message, flight.trip.message_id
-        if message is None or flight.known_bytes is None or self._executor.is_stateful:
+        is_local = flight.exchange.manner.barrier == "local"  # others may hold its payload
+        if message is None or is_local or flight.is_expired:
             return
-        self._uncomputed.pop(message_id, None)
 
         def forget(_: object) -> None:
             if self._flights.pop(message_id, None) and flight.trip.outcome == "pending":
-                self._forgotten[message_id] = flight.known_bytes or 0
+                self._given_up[message_id] = flight
 
         flight.sender = weakref.ref(message, forget)
-        flight.message = None
+        flight.message = copy(message)
+        if flight.known_bytes is not None and not self._executor.is_stateful:
+            self._uncomputed.pop(message_id, None)
+            flight.message = None
 
     # --- computing and handing over -----------------------------------------------------------
 
-    def _compute(self, also: Sequence[_Flight] = ()) -> None:
-        """Compute all instructions under way in one call."""
-        flights = [*self._uncomputed.values(), *also]
+    def _compute(self, also: Sequence[_Flight] = (), needed: _Flight | None = None) -> None:
+        """Compute all instructions under way in one call: of a device the first, if it keeps state.
+
+        The one that is `needed` is computed in any case.
+        """
+        flights = [
+            flight
+            for flight in (*self._uncomputed.values(), *also)
+            if flight is needed or flight.message is None or self._can_compute(flight.message)
+        ]
         if self._executor.is_stateful:
-            flights = [flight for flight in flights if not math.isnan(flight.trip.received)]
+            flights = [flight for flight in flights if not math.isnan(flight.trip.computed)]
             flights.sort(key=lambda flight: flight.trip.received)
         messages = [flight.message for flight in flights if flight.message is not None]
         for flight, reply in zip(flights, self._executor(messages), strict=True):
@@ -515,23 +656,40 @@ class NetworkGrid(Grid):
         late = [flight for flight in ready if flight.reply is None and flight.message is None]
         for flight in late:  # its sender has come back for it
             flight.message = flight.sender() if flight.sender else None
-        if any(flight.reply is None for flight in ready):
-            self._compute(late)
+        senders = self._senders(ready)
+        if senders or any(flight.reply is None for flight in ready):
+            known = self._uncomputed.keys() | {flight.trip.message_id for flight in late}
+            self._compute([*late, *(s for s in senders if s.trip.message_id not in known)])
         replies, errors = [], []
         for flight in ready:
             assert flight.reply is not None
             del self._flights[flight.trip.message_id]
-            self._note(flight.trip, flight.reply)
+            flight.trip.is_closed = True
+            self._note(flight)
             replies.append(flight.reply)
             if flight.trip.outcome == "error":
                 errors.append(f"device {flight.trip.device}: {flight.reply.error.reason}")
         if errors:
             self._traffic.error_replies += len(errors)
+            self._traffic.first_error = self._traffic.first_error or errors[0]
             _log.warning("%d of %d are error replies; %s", len(errors), len(replies), errors[0])
         return replies
 
-    def _note(self, trip: Trip, reply: Message) -> None:
+    def _senders(self, ready: Sequence[_Flight]) -> list[_Flight]:
+        """Return the instructions whose payloads are handed over now and not yet computed."""
+        senders = {
+            sender.trip.message_id: sender
+            for flight in ready
+            if self._executor.is_stateful or flight.exchange.manner.barrier == "local"
+            for sender in flight.trip.payloads.values()
+            if sender is not None and sender.reply is None and sender.sends_result
+        }
+        return list(senders.values())
+
+    def _note(self, flight: _Flight) -> None:
         """Count a reply that is handed over, and tell in it how it travelled."""
+        trip, reply = flight.trip, flight.reply
+        assert reply is not None
         if reply.has_error():
             trip.outcome = trip.outcome if trip.is_lost else "error"
             return
@@ -543,12 +701,23 @@ class NetworkGrid(Grid):
                 self._traffic.replied.add(trip.device)
                 noted = self._traffic.train
             noted.append((trip.device, dict(metrics)))
-        delivery = {
+        delivery: dict[str, Any] = {
             "sent_bytes": trip.bytes_up,
             "received_bytes": trip.bytes_down,
             "started": trip.pushed,
             "finished": trip.finished,
         }
+        if trip.exchange == "neighbours":
+            payloads = sorted(trip.payloads.items())
+            came = {d: s for d, s in payloads if s is None or not s.has_failed}
+            if trip.neighbours:
+                delivery["neighbours"] = [NODE_BASE + device for device in trip.neighbours]
+            if came:
+                delivery["received_from"] = [NODE_BASE + device for device in came]
+            if flight.exchange.manner.barrier == "local":
+                sent = {d: None if s is None else s.sent for d, s in came.items()}
+                compat.fill(reply.content, {"received": received(sent)})
+            trip.payloads = dict.fromkeys(came)  # let go of the senders' models
         compat.fill(reply.content, {"delivery": compat.fill(ConfigRecord(), delivery)})
 
     def _run_until(self, open_ids: set[str], deadline: float, *, needed: int) -> None:
@@ -556,7 +725,17 @@ class NetworkGrid(Grid):
         self._waiting = open_ids
         enough = len(open_ids) - needed
         env = self.env
-        while len(self._waiting) > enough and (time := env.peek()) <= deadline:
+        self._neighbours.settle()
+        expiry = self._next_expiry()
+        while len(self._waiting) > enough and min(time := env.peek(), expiry) <= deadline:
+            if time > expiry:
+                if env.now < expiry:
+                    env.run(until=expiry)
+                self._expire()
+                expiry = self._next_expiry()
+                continue
+            if math.isinf(time) and self._neighbours.give_up():
+                continue
             if math.isinf(time):
                 why = self.network.why_stalled() or "no event is left in virtual time"
                 raise NetworkError(
@@ -566,6 +745,9 @@ class NetworkGrid(Grid):
             env.step()
         if len(self._waiting) > enough and env.now < deadline:
             env.run(until=deadline)
+
+    def _next_expiry(self) -> float:
+        return min((self._flights[i].expires for i in self._waiting), default=math.inf)
 
 
 def _is_train(message: Message) -> bool:

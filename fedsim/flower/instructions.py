@@ -1,6 +1,8 @@
 """What an instruction asks of a device: read once, used for its time and for the work itself."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,23 @@ from numpy.typing import NDArray
 
 from fedsim.errors import PayloadError, ScenarioError
 from fedsim.learning.config import LocalConfig
+from fedsim.network.neighbours import Manner
 
-__all__ = ["Exchange", "WorkPlan", "read_exchange", "round_of", "training_config"]
+__all__ = [
+    "NODE_BASE",
+    "Exchange",
+    "WorkPlan",
+    "read_exchange",
+    "round_of",
+    "server_round",
+    "training_config",
+]
+
+NODE_BASE = 1000
+"""Flower node id of device 0 (0 and 1 mean something else in Flower)."""
 
 _EVALUATION_SHARE = 1 / 3  # a forward pass costs a third of a training step
 _EXCHANGE = "exchange"
-_EXCHANGE_KEYS = frozenset({"kind", "when", "payload_bytes"})
-_KINDS = ("server",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +36,21 @@ class Exchange:
 
     Attributes
     ----------
-    kind : str
-        ``server``: download from the server, work, upload to the server.
+    kind : {"server", "neighbours"}
+        ``server``: download from the server, work, upload to the server. ``neighbours``: work, and
+        send to the device's neighbours; the strategy's own model travels at no cost.
     payload_bytes : int or None
-        What the reply weighs, if not what its arrays weigh.
+        What a payload weighs, if not what its arrays weigh.
+    manner : Manner
+        How devices send to their neighbours and wait for them.
+    peers : tuple of int or None
+        Node ids of whom to send to; None leaves it to the scenario's graph.
     """
 
     kind: str = "server"
     payload_bytes: int | None = None
+    manner: Manner = field(default_factory=Manner)
+    peers: tuple[int, ...] | None = None
 
 
 def read_exchange(content: RecordDict) -> Exchange:
@@ -40,29 +59,81 @@ def read_exchange(content: RecordDict) -> Exchange:
     Raises
     ------
     PayloadError
-        If the record ``exchange`` has an unknown key or kind, or a value of the wrong type.
+        If the record ``exchange`` has an unknown key or kind, or a value that it cannot have.
     """
     record = content.get(_EXCHANGE)
     if record is None:
-        return Exchange()
+        return _SERVED
     if not isinstance(record, ConfigRecord):
         raise PayloadError(f"'exchange' must be a ConfigRecord, not {type(record).__name__}")
-    unknown = sorted(set(record) - _EXCHANGE_KEYS)
-    if unknown:
-        valid = ", ".join(sorted(_EXCHANGE_KEYS))
-        raise PayloadError(f"exchange has the unknown key {unknown[0]!r}; valid: {valid}")
-    kind = record.get("kind", "server")
-    if kind not in _KINDS:
+    kind = _choice(record, "kind", ("server", "neighbours"))
+    keys = _KEYS | _NEIGHBOUR_KEYS if kind == "neighbours" else _KEYS
+    if unknown := sorted(set(record) - keys):
+        valid = ", ".join(sorted(keys))
         raise PayloadError(
-            f"exchange.kind is {kind!r}; this network grid carries: {', '.join(_KINDS)}"
+            f"exchange has the unknown key {unknown[0]!r}; valid with kind {kind!r}: {valid}"
         )
-    when = record.get("when", "after")
-    if when != "after":
-        raise PayloadError(f"exchange.when is {when!r}; by way of the server it must be 'after'")
     size = record.get("payload_bytes")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+    if size is not None and not (_is_int(size) and size >= 0):  # type: ignore[operator]
         raise PayloadError(f"exchange.payload_bytes is {size!r}; it must be an int, 0 or more")
-    return Exchange(str(kind), size)
+    if kind == "server":
+        if record.get("when", "after") != "after":
+            raise PayloadError(
+                f"exchange.when is {record['when']!r}; by way of the server it must be 'after'"
+            )
+        return Exchange(kind, size)  # type: ignore[arg-type]
+    return Exchange(kind, size, _read_manner(record), _read_peers(record))  # type: ignore[arg-type]
+
+
+def _read_manner(record: ConfigRecord) -> Manner:
+    barrier = _choice(record, "barrier", ("global", "local", "deadline"))
+    deadline = record.get("deadline")
+    if (deadline is None) == (barrier == "deadline"):
+        raise PayloadError(
+            f"exchange.deadline is {deadline!r} and exchange.barrier {barrier!r}; the barrier "
+            "'deadline' needs a deadline in seconds, no other has one"
+        )
+    is_number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
+    if deadline is not None and not (is_number and 0 <= deadline < math.inf):  # type: ignore[operator]
+        raise PayloadError(f"exchange.deadline is {deadline!r}; it must be seconds, 0 or more")
+    fanout = _choice(record, "fanout", ("all", "one-peer", "pairwise"))
+    order = _choice(record, "order", ("exponential", "random"))
+    if "order" in record and fanout != "one-peer":
+        raise PayloadError(f"exchange.order goes with fanout 'one-peer', not with {fanout!r}")
+    return Manner(
+        when=_choice(record, "when", ("after", "before", "with")),  # type: ignore[arg-type]
+        fanout=order if fanout == "one-peer" else fanout,  # type: ignore[arg-type]
+        barrier=barrier,  # type: ignore[arg-type]
+        deadline=math.inf if deadline is None else float(deadline),  # type: ignore[arg-type]
+    )
+
+
+def _read_peers(record: ConfigRecord) -> tuple[int, ...] | None:
+    peers = record.get("peers")
+    if peers is None:
+        return None
+    is_list = isinstance(peers, list) and all(map(_is_int, peers))
+    if not is_list or len(set(peers)) < len(peers):  # type: ignore[arg-type]
+        raise PayloadError(f"exchange.peers is {peers!r}; it must be a list of different node ids")
+    return tuple(peers)  # type: ignore[arg-type]
+
+
+def _choice(record: ConfigRecord, key: str, valid: tuple[str, ...]) -> str:
+    """Return one of a few words; the first is the default."""
+    value = record.get(key, valid[0])
+    if value not in valid:
+        words = ", ".join(map(repr, valid))
+        raise PayloadError(f"exchange.{key} is {value!r}; this grid carries: {words}")
+    return str(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_SERVED = Exchange()
+_KEYS = frozenset({"kind", "when", "payload_bytes"})
+_NEIGHBOUR_KEYS = frozenset({"fanout", "order", "barrier", "deadline", "peers"})
 
 
 def round_of(message: Message) -> int:
@@ -70,19 +141,36 @@ def round_of(message: Message) -> int:
 
     It is the config's ``server-round``; a strategy that sends none gets the message's own number.
     """
-    for record in message.content.values():
+    number = server_round(message.content)
+    return int(message.metadata.message_id) if number is None else number
+
+
+def server_round(content: RecordDict) -> int | None:
+    """Return the round that a config names; None if none does."""
+    for record in content.values():
         if isinstance(record, ConfigRecord) and isinstance(record.get("server-round"), int):
             return int(record["server-round"])  # type: ignore[arg-type]
-    return int(message.metadata.message_id)
+    return None
 
 
-def training_config(config: LocalConfig) -> ConfigRecord:
-    """Return the local work of a scenario as an app reads it: Flower's keys are kebab-case."""
+def training_config(
+    config: LocalConfig, extra: Mapping[str, bool | int | float | str] | None = None
+) -> ConfigRecord:
+    """Return the local work of a scenario as an app reads it: Flower's keys are kebab-case.
+
+    Parameters
+    ----------
+    config : LocalConfig
+    extra : mapping, optional
+        Further entries; they win.
+    """
     record = ConfigRecord({"learning-rate": config.learning_rate, "batch-size": config.batch_size})
     if config.local_steps is None:
         record["local-epochs"] = config.local_epochs
     elif isinstance(config.local_steps, int):  # a range is drawn from by fedsim's own app only
         record["local-steps"] = config.local_steps
+    for key, value in (extra or {}).items():
+        record[key] = value
     return record
 
 

@@ -8,11 +8,12 @@ from flwr.app import ArrayRecord
 from safetensors.torch import save_file
 
 from fedsim.data.federated import FederatedData
+from fedsim.errors import PayloadError
 from fedsim.flower.records import stack_records, stacked_record
-from fedsim.flower.session import Evaluation
+from fedsim.flower.session import Evaluation, Models
 from fedsim.learning.trainer import Trainer
 
-__all__ = ["initial_arrays", "save_arrays", "score"]
+__all__ = ["initial_arrays", "save_arrays", "score", "score_models"]
 
 
 def initial_arrays(trainer: Trainer) -> ArrayRecord:
@@ -30,16 +31,39 @@ def score(trainer: Trainer, arrays: ArrayRecord, on: str = "global_test") -> Eva
         Keys and shapes of the trainer's model.
     on : {"global_test", "validation"}
     """
-    data = trainer.data
-    x, y = data.x_test, data.y_test
-    if on == "validation":
-        assert isinstance(data, FederatedData)
-        assert data.x_validation is not None
-        assert data.y_validation is not None
-        x, y = data.x_validation, data.y_validation
     model = trainer.layout.flatten(stack_records([arrays]))
-    loss, accuracy = trainer.evaluate(model, x, y)
+    loss, accuracy = trainer.evaluate(model, *_common_set(trainer, on))
     return Evaluation(float(loss[0]), None if np.isnan(accuracy[0]) else float(accuracy[0]))
+
+
+def score_models(trainer: Trainer, models: Models, on: str = "global_test") -> Evaluation:
+    """Return the mean scores of the devices' own models on a common set, and their spread.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    models : mapping of str to Tensor, shape (n_devices, *shape)
+        Keys and shapes of the trainer's model.
+    on : {"global_test", "validation"}
+    """
+    names = trainer.layout.names
+    if set(models) != set(names):
+        raise PayloadError(f"device_models has {list(models)}, the model has {list(names)}")
+    rows = trainer.layout.flatten({name: models[name] for name in names})
+    loss, accuracy = trainer.evaluate(rows, *_common_set(trainer, on))
+    if np.isnan(accuracy).any():
+        return Evaluation(float(loss.mean()))
+    return Evaluation(float(loss.mean()), float(accuracy.mean()), float(accuracy.std()))
+
+
+def _common_set(trainer: Trainer, on: str) -> tuple[torch.Tensor, torch.Tensor]:
+    data = trainer.data
+    if on == "global_test":
+        return data.x_test, data.y_test
+    assert isinstance(data, FederatedData)
+    assert data.x_validation is not None
+    assert data.y_validation is not None
+    return data.x_validation, data.y_validation
 
 
 def save_arrays(path: Path, arrays: ArrayRecord) -> None:

@@ -3,27 +3,44 @@
 A line of ``rounds.jsonl`` is closed by each call of `evaluate_fn` with a round of 1 or more; that
 is where Flower's own `Strategy.start` ends a round. A strategy whose `start` never calls it gets
 one line per batch of train instructions instead.
+
+A strategy that keeps a model for each device says so by its attribute ``device_models``, a mapping
+name → Tensor ``(n_devices, *shape)``. It is then evaluated by the mean over devices of each own
+model's scores, and its lines tell how far the models are apart.
 """
 
 import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fedsim.errors import NoNodesError
+from fedsim.errors import NoNodesError, PayloadError
 from fedsim.flower import compat
 from fedsim.flower.grid import NetworkGrid, Traffic
 from fedsim.recorder import RoundRow
 from fedsim.streams import digest
 
-__all__ = ["Evaluation", "Outcome", "StopRule", "check_strategy", "session", "start"]
+__all__ = [
+    "Evaluation",
+    "Models",
+    "Outcome",
+    "StopRule",
+    "check_strategy",
+    "consensus_distance",
+    "session",
+    "start",
+]
+
+Models = Mapping[str, torch.Tensor]
+"""One model a device: name → Tensor ``(n_devices, *shape)``."""
 
 _DIVERGED_FACTOR = 1000.0
 """A loss this many times the initial one (or 1, if that is more) is divergence."""
@@ -31,10 +48,11 @@ _DIVERGED_FACTOR = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Scores of one model; None where it has no meaning."""
+    """Scores of one model, or means over devices; None where it has no meaning."""
 
     loss: float | None = None
     accuracy: float | None = None
+    accuracy_std: float | None = None  # over devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +120,9 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
     def sleep(seconds: float) -> None:
         nonlocal waits
         waits += 1
-        if waits > 10_000:
+        if waits > 2_000:
             raise NoNodesError(
-                "the strategy has waited 10,000 times for devices to come online: its minimum of "
+                "the strategy has waited 2,000 times for devices to come online: its minimum of "
                 "available nodes is never met at one time"
             )
         grid.wait_for_nodes(seconds)
@@ -161,6 +179,7 @@ def start(
     timeout: float | None = None,
     train_config: ConfigRecord | None = None,
     evaluate: Callable[[ArrayRecord], Evaluation] | None = None,
+    evaluate_models: Callable[[Models], Evaluation] | None = None,
     evaluate_every: int = 1,
     record: Callable[[RoundRow], None] = lambda row: None,
     stop: StopRule | None = None,
@@ -182,6 +201,8 @@ def start(
         Given to the strategy, as an app would.
     evaluate : callable, optional
         Scores a model on the server, at no virtual time; None leaves evaluation to the devices.
+    evaluate_models : callable, optional
+        Scores the models of all devices, of strategies that keep them.
     evaluate_every : int
         Rounds between evaluations; the last round is always evaluated.
     record : callable
@@ -197,7 +218,8 @@ def start(
         With the model just evaluated, where a stop rule or divergence ended the run.
     """
     check_strategy(strategy, len(grid.fleet))
-    books = _Books(grid, rounds, evaluate, evaluate_every, record, stop or StopRule(), initial)
+    scorers = _Scorers(strategy, evaluate, evaluate_models)
+    books = _Books(grid, rounds, scorers, evaluate_every, record, stop or StopRule(), initial)
     grid.on_train_push = books.close_without_evaluation
     with session(grid, seed, verbose=verbose):
         try:
@@ -219,6 +241,36 @@ def start(
     return books.outcome
 
 
+@dataclass(frozen=True, slots=True)
+class _Scorers:
+    """How a strategy's model, or its models, are scored on the server."""
+
+    strategy: Strategy
+    evaluate: Callable[[ArrayRecord], Evaluation] | None
+    evaluate_models: Callable[[Models], Evaluation] | None
+
+    def models(self) -> Models | None:
+        """Return the devices' own models, of the strategy or of one that it wraps."""
+        inner: object = self.strategy
+        while inner is not None:
+            found: Models | None = getattr(inner, "device_models", None)
+            if found:
+                return found
+            inner = getattr(inner, "strategy", None)
+        return None
+
+    def score(self, arrays: ArrayRecord, *, own: bool) -> tuple[Evaluation, dict[str, float]]:
+        """Return the scores, of the devices' `own` models where there are any, and extras."""
+        if self.evaluate is None:
+            return Evaluation(), {}
+        common = self.evaluate(arrays)
+        models = self.models() if own and self.evaluate_models else None
+        if models is None or self.evaluate_models is None:
+            return common, {}
+        extra = {} if common.accuracy is None else {"mean_model_accuracy": common.accuracy}
+        return self.evaluate_models(models), extra
+
+
 class _Books:
     """Closes one line a round and decides whether to go on."""
 
@@ -226,7 +278,7 @@ class _Books:
         self,
         grid: NetworkGrid,
         rounds: int,
-        evaluate: Callable[[ArrayRecord], Evaluation] | None,
+        scorers: _Scorers,
         every: int,
         record: Callable[[RoundRow], None],
         stop: StopRule,
@@ -234,13 +286,14 @@ class _Books:
     ) -> None:
         self._grid = grid
         self._rounds = rounds
-        self._evaluate = evaluate
+        self._scorers = scorers
         self._every = every
         self._record = record
         self._stop = stop
         self._was_called = False  # evaluate_fn, by the strategy's start
         self._has_batch = False  # a train batch since the last line
-        self._limit = _DIVERGED_FACTOR
+        self._limit = math.inf  # without an initial score, only what is not finite is divergence
+        self._energy = 0.0
         self._bytes = 0
         self._wall = time.perf_counter()
         self.outcome = Outcome(initial)
@@ -250,11 +303,11 @@ class _Books:
         self._was_called = True
         self.outcome.arrays = arrays
         is_due = server_round % self._every == 0 or server_round == self._rounds
-        scores = Evaluation()
-        if self._evaluate is not None and is_due:
-            scores = self._evaluate(arrays)
+        scores, extra = Evaluation(), dict[str, float]()
+        if is_due:
+            scores, extra = self._scorers.score(arrays, own=server_round >= 1)
         if server_round >= 1:
-            self._close(server_round, scores, arrays)
+            self._close(server_round, scores, arrays, extra)
         elif scores.loss is not None and math.isfinite(scores.loss):
             self._limit = _DIVERGED_FACTOR * max(1.0, scores.loss)
         metrics = MetricRecord()
@@ -270,13 +323,23 @@ class _Books:
             self._close(self.outcome.rounds + 1, Evaluation(), None)
         self._has_batch = True
 
-    def _close(self, server_round: int, scores: Evaluation, arrays: ArrayRecord | None) -> None:
+    def _close(
+        self,
+        server_round: int,
+        scores: Evaluation,
+        arrays: ArrayRecord | None,
+        extra: Mapping[str, float] | None = None,
+    ) -> None:
         traffic = self._grid.take_traffic()
+        if self.outcome.rounds == 0 and traffic.error_replies and not traffic.replied:
+            raise PayloadError(
+                f"every device's reply was an error; the first: {traffic.first_error}"
+            )
         self._has_batch = False
-        self._bytes += traffic.bytes_down + traffic.bytes_up
-        spread = None
-        if self._evaluate is None:
-            scores, spread = _of_devices(traffic)
+        self._bytes += traffic.bytes_down + traffic.bytes_up + traffic.bytes_peer
+        if self._scorers.evaluate is None:
+            scores = _of_devices(traffic)
+        models = self._scorers.models()
         train_loss = _mean(traffic.train, "train_loss")
         row = RoundRow(
             round=server_round,
@@ -285,13 +348,16 @@ class _Books:
             train_loss=train_loss,
             eval_loss=scores.loss,
             eval_accuracy=scores.accuracy,
-            accuracy_std=spread,
+            accuracy_std=scores.accuracy_std,
+            consensus_distance=None if models is None else consensus_distance(models),
             bytes_down=traffic.bytes_down,
             bytes_up=traffic.bytes_up,
+            bytes_peer=traffic.bytes_peer,
             messages_sent=traffic.messages_sent,
             messages_lost=traffic.messages_lost,
             devices_selected=len(traffic.selected),
             devices_replied=len(traffic.replied),
+            extra={**(extra or {}), **self._own_figures(traffic)},
         )
         self._record(row)
         self.outcome.rounds += 1
@@ -300,16 +366,28 @@ class _Books:
         if self.outcome.diverged or self.outcome.stopped_by:
             raise _Stop
 
+    def _own_figures(self, traffic: Traffic) -> dict[str, float]:
+        """Return what only some runs have: error replies, and energy where it is counted."""
+        figures: dict[str, float] = {}
+        if traffic.error_replies:
+            figures["error_replies"] = traffic.error_replies
+        energy = self._grid.fleet.energy(self._grid.now)
+        if energy is not None:
+            total = float(energy.sum())
+            figures["energy_joules"], self._energy = total - self._energy, total
+        return figures
+
     def _check_divergence(
         self, losses: Sequence[float | None], traffic: Traffic, arrays: ArrayRecord | None
     ) -> None:
-        bad = [x for x in losses if x is not None and not x <= self._limit]
+        bad = [x for x in losses if x is not None and not (math.isfinite(x) and x <= self._limit)]
         if bad:
             self.outcome.diverged = f"the loss is {bad[0]:.3g}"
         elif arrays is not None and not _is_finite(arrays):
             self.outcome.diverged = "the model has parameters that are not finite"
         if self.outcome.diverged:
-            blamed = (d for d, m in traffic.train if not m.get("train_loss", 0.0) <= self._limit)
+            noted = ((device, m.get("train_loss", 0.0)) for device, m in traffic.train)
+            blamed = (d for d, x in noted if not (math.isfinite(x) and x <= self._limit))
             self.outcome.diverged_device = next(blamed, None)
 
     def _stop_reason(self, row: RoundRow) -> str | None:
@@ -323,12 +401,42 @@ class _Books:
         return None
 
 
-def _of_devices(traffic: Traffic) -> tuple[Evaluation, float | None]:
+def consensus_distance(models: Models) -> float:
+    """Return the root mean square distance of the devices' models to their mean.
+
+    Parameters
+    ----------
+    models : mapping of str to Tensor, shape (n_devices, *shape)
+        Integers (counters) do not count.
+    """
+    squares = [
+        (rows - rows.mean(0)).double().square().sum() / len(rows)
+        for rows in models.values()
+        if rows.is_floating_point()
+    ]
+    return math.sqrt(float(sum(squares)))
+
+
+def _scores(metrics: dict[str, float]) -> dict[str, float]:
+    """Return what a device reports, its scores under fedsim's names.
+
+    The loss may be called `eval_loss` or `loss`; the accuracy `eval_accuracy`, `eval_acc` (as in
+    Flower's tutorials) or `accuracy`. The first one present counts.
+    """
+    found = dict(metrics)
+    for name, others in (("eval_loss", ("loss",)), ("eval_accuracy", ("eval_acc", "accuracy"))):
+        for other in others:
+            if other in metrics:
+                found.setdefault(name, metrics[other])
+    return found
+
+
+def _of_devices(traffic: Traffic) -> Evaluation:
     """Return the devices' own scores of the model, and the spread of their accuracies."""
-    noted = traffic.evaluate
+    noted = [(device, _scores(metrics)) for device, metrics in traffic.evaluate]
     accuracies = [metrics["eval_accuracy"] for _, metrics in noted if "eval_accuracy" in metrics]
-    scores = Evaluation(_mean(noted, "eval_loss"), _mean(noted, "eval_accuracy"))
-    return scores, float(np.std(accuracies)) if accuracies else None
+    spread = float(np.std(accuracies)) if accuracies else None
+    return Evaluation(_mean(noted, "eval_loss"), _mean(noted, "eval_accuracy"), spread)
 
 
 def _mean(noted: list[tuple[int, dict[str, float]]], key: str) -> float | None:

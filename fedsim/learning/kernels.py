@@ -12,17 +12,18 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name)
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vmap
 
 from fedsim.learning.config import ExtraLoss
 from fedsim.learning.draws import KeyedLayers, keyed_mask
 from fedsim.learning.layout import Layout
+from fedsim.learning.linear import Layer
 from fedsim.learning.losses import Loss
 from fedsim.learning.optimizers import per_row
 from fedsim.learning.stack import ModelStack, State
 
-__all__ = ["Batch", "Kernel", "Layer", "LinearKernel", "VmapKernel", "linear_layers"]
+__all__ = ["Batch", "Kernel", "LinearKernel", "VmapKernel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,62 +59,6 @@ class Kernel(Protocol):
 
     def outputs(self, x: Tensor) -> Tensor:
         """Return every bound model's outputs, (c, n, ...), for common inputs x (n, ...)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer of a linear stack: its kind, the names of its tensors, its dropout rate."""
-
-    kind: str
-    weight: str = ""
-    bias: str | None = None
-    rate: float = 0.0
-
-
-_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
-
-
-def linear_layers(module: nn.Module) -> list[Layer] | None:
-    """Return the layers of a stack of linear layers, or None if the module is not one.
-
-    It may begin with a flatten, ends with a linear layer and shares no weights. Only exact types
-    count: a subclass may do something else, and so may hooks and parametrisations.
-    """
-    layers = _layers(module, "")
-    if not layers or layers[-1].kind != "linear":
-        return None
-    tensors = module.state_dict(keep_vars=True).values()
-    is_unshared = len({id(tensor) for tensor in tensors}) == len(tensors)
-    n_modules = len([m for m in module.modules() if type(m) is nn.Linear])
-    is_unshared &= n_modules == sum(layer.kind == "linear" for layer in layers)
-    is_front = all(layer.kind != "flatten" for layer in layers[1:])
-    return layers if is_front and is_unshared else None
-
-
-def _layers(module: nn.Module, prefix: str) -> list[Layer] | None:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return None
-    if type(module) is nn.Linear and all(p.requires_grad for p in module.parameters()):
-        return [
-            Layer("linear", f"{prefix}weight", f"{prefix}bias" if module.bias is not None else None)
-        ]
-    if type(module) in _ACTIVATIONS:
-        return [Layer(_ACTIVATIONS[type(module)])]
-    if type(module) is nn.Dropout and module.p < 1:
-        return [Layer("dropout", rate=module.p)] if module.p else []
-    if type(module) is nn.Identity:
-        return []
-    if type(module) is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
-        return [Layer("flatten")]
-    if type(module) is not nn.Sequential:
-        return None
-    layers: list[Layer] = []
-    for name, child in module.named_children():
-        inner = _layers(child, f"{prefix}{name}.")
-        if inner is None:
-            return None
-        layers += inner
-    return layers
 
 
 class LinearKernel:

@@ -6,7 +6,8 @@ A factory may set the attribute `task_loss` on its module: the name of the loss 
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import Parameter, signature
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -53,8 +55,9 @@ def build_model(
     Parameters
     ----------
     factory : callable
-        One of this module's functions, or any `nn.Module` class that takes
-        `(input_shape, n_classes, **arguments)`.
+        One of this module's functions, or any `nn.Module` class or function that makes one. It
+        gets `input_shape` and `n_classes` if it has parameters of these names, or (by position)
+        if its first two parameters have neither a default nor a value in `arguments`.
     input_shape : tuple of int
         Shape of one sample.
     n_classes : int
@@ -66,11 +69,37 @@ def build_model(
     -------
     nn.Module
         Torch's global generator is left as it was.
+
+    Raises
+    ------
+    ScenarioError
+        If the factory makes something else, or raises a `TypeError` or `ValueError`.
     """
+    name = getattr(factory, "__qualname__", repr(factory))
+    offered = {"input_shape": input_shape, "n_classes": n_classes}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(stream(seed, "model").integers(2**62)))
-        module = factory(input_shape, n_classes, **arguments)
+        try:
+            positional, named = _wanted(factory, offered, arguments)
+            module: object = factory(*positional, **named, **arguments)
+        except (TypeError, ValueError) as error:
+            raise ScenarioError(f"model.kind: {name} raised {error!r}") from error
+    if not isinstance(module, nn.Module):
+        raise ScenarioError(f"model.kind: {name} makes a {type(module).__name__}, no nn.Module")
     return module if dtype is None else module.to(dtype)
+
+
+def _wanted(
+    factory: Callable[..., object], offered: Mapping[str, Any], given: Collection[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return which of the offered values a factory takes: by position, and by name."""
+    takes = signature(factory).parameters
+    named = {key: value for key, value in offered.items() if key in takes}
+    if named:
+        return (), named
+    first = [each for each in takes.values() if each.kind in _POSITIONAL][: len(offered)]
+    is_open = [each.default is each.empty and each.name not in given for each in first]
+    return (tuple(offered.values()), {}) if sum(is_open) == len(offered) else ((), {})
 
 
 def softmax(input_shape: Shape, n_classes: int) -> nn.Sequential:

@@ -3,16 +3,17 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.data.federated import DeviceData
 from fedsim.errors import ScenarioError
+from fedsim.learning.cost import model_cost
 from fedsim.learning.layout import layout_of
 from fedsim.learning.losses import Loss
 
@@ -21,7 +22,7 @@ __all__ = ["ModelStack", "Precision", "State", "torch_device"]
 IntArray = NDArray[np.int64]
 State = dict[str, Tensor]
 Precision = Literal["exact", "tf32", "bfloat16"]
-_MODEL_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
+_MODEL_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 
 
 class ModelStack:
@@ -66,7 +67,8 @@ class ModelStack:
         state = self.module.state_dict()
         rows = {name: tensor.detach().unsqueeze(0).clone() for name, tensor in state.items()}
         self.initial = self.layout.flatten(rows)[0]
-        self.largest_activation, self.forward_flops = self._try(data)
+        self._sample = data.x_test[:1]
+        self.largest_activation = self._try(data)
 
     def _normalisation(self, data: DeviceData) -> tuple[Tensor | None, Tensor | None]:
         """Return scale and shift for uint8 images: x * scale - shift."""
@@ -85,8 +87,20 @@ class ModelStack:
             return x.to(self.dtype).mul_(self._scale).sub_(self._shift)
         return x.to(self.dtype) if x.dtype.is_floating_point else x
 
-    def _try(self, data: DeviceData) -> tuple[int, int]:
-        """Check the model on one sample; return its largest activation and its operations."""
+    @cached_property
+    def forward_flops(self) -> int:
+        """Operations of one sample's forward pass; 0 if they cannot be counted."""
+        shape, tokens = (
+            tuple(self._sample.shape[1:]),
+            not self.inputs(self._sample).is_floating_point(),
+        )
+        try:
+            return model_cost(self.module, shape, tokens=tokens).forward_flops
+        except _MODEL_ERRORS:  # for example a branch on data, which an abstract run cannot take
+            return 0
+
+    def _try(self, data: DeviceData) -> int:
+        """Check the model on one sample; return its largest activation in numbers a sample."""
         largest = [1]
 
         def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -98,8 +112,7 @@ class ModelStack:
         name = type(self.module).__name__
         self.module.eval()
         try:
-            counter = FlopCounterMode(display=False)
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 outputs = self.module(x)
         except _MODEL_ERRORS as error:
             raise ScenarioError(
@@ -126,7 +139,7 @@ class ModelStack:
             raise ScenarioError(
                 f"model: loss {self.loss.name!r} gives shape {tuple(losses.shape)} for one sample"
             )
-        return largest[0], int(counter.get_total_flops())
+        return largest[0]
 
     def gather(self, base: Tensor, versions: IntArray) -> State:
         """Return working copies of the models at these rows, one stack for each tensor."""

@@ -22,8 +22,9 @@ from fedsim.learning import evaluation
 from fedsim.learning.batches import Batches, make_batches
 from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.draws import KeyedLayers
-from fedsim.learning.kernels import Batch, Kernel, LinearKernel, VmapKernel, linear_layers
+from fedsim.learning.kernels import Batch, Kernel, LinearKernel, VmapKernel
 from fedsim.learning.layout import Layout
+from fedsim.learning.linear import linear_layers
 from fedsim.learning.losses import Loss, loss_of
 from fedsim.learning.optimizers import Updater
 from fedsim.learning.stack import ModelStack, Precision, torch_device

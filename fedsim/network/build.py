@@ -1,5 +1,6 @@
 """Networks from a few figures: a star of devices around a server, or any networkx graph."""
 
+from collections.abc import Sequence
 from math import inf
 from typing import Any, Literal
 
@@ -9,8 +10,10 @@ import simpy
 from numpy.typing import ArrayLike, NDArray
 
 from fedsim.errors import NetworkError
+from fedsim.network.failures import Failure
 from fedsim.network.links import LinkModel
-from fedsim.network.transfers import Network, TransferOptions
+from fedsim.network.options import TransferOptions
+from fedsim.network.transfers import Network
 from fedsim.network.wiring import GraphWiring, LinkTable, StarWiring
 
 __all__ = ["graph_network", "star_network"]
@@ -25,6 +28,7 @@ def star_network(
     server_up_bps: float = inf,
     server_down_bps: float = inf,
     link_model: LinkModel | None = None,
+    failures: Sequence[Failure] = (),
     seed: int = 0,
     **options: Any,
 ) -> Network:
@@ -41,6 +45,8 @@ def star_network(
         What all uploads (``server-up``) and all downloads (``server-down``) share.
     link_model : LinkModel, optional
         How every access link varies.
+    failures : sequence of Failure
+        Which links and nodes are down when.
     seed : int
         Of link histories and message loss.
     **options
@@ -68,6 +74,7 @@ def star_network(
         StarWiring(len(up)),
         options=TransferOptions(**options),
         link_model=link_model,
+        failures=failures,
         seed=seed,
     )
 
@@ -79,6 +86,7 @@ def graph_network(
     duplex: Literal["full", "half"] = "full",
     routing: Literal["latency", "hops"] = "latency",
     link_model: LinkModel | None = None,
+    failures: Sequence[Failure] = (),
     seed: int = 0,
     **options: Any,
 ) -> Network:
@@ -97,6 +105,8 @@ def graph_network(
         What a shortest route minimises; ties go to fewer hops, then to smaller node ids.
     link_model : LinkModel, optional
         How every link varies.
+    failures : sequence of Failure
+        Which links and nodes are down when.
     seed : int
         Of link histories and message loss.
     **options
@@ -114,6 +124,7 @@ def graph_network(
         wiring,
         options=TransferOptions(**options),
         link_model=link_model,
+        failures=failures,
         seed=seed,
     )
 

@@ -1,21 +1,22 @@
 """Who sends what to whom for one instruction; knows nothing of Flower.
 
-An instruction is a `Trip`: it travels to its device, waits for its turn there, is worked on, and
-its reply travels back. `serve` is the exchange by way of the server, the only kind so far.
-Nothing here is a SimPy process: a trip is driven by the callbacks of at most three events.
+An instruction is a `Trip`: its device waits for its turn, works, and a reply becomes available.
+Every kind of exchange drives trips: `serve`, here, goes by way of the server,
+`fedsim.network.neighbours` between devices. Nothing is a SimPy process: a trip is driven by the
+callbacks of a few events.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import simpy
 
 from fedsim.errors import NetworkError
 from fedsim.network.transfers import Delivery, Network
 
-__all__ = ["Compute", "Trip", "serve"]
+__all__ = ["Compute", "Trip", "at", "serve", "then"]
 
 
 class Compute(Protocol):
@@ -24,8 +25,15 @@ class Compute(Protocol):
     def is_available(self, device: int, time: float) -> bool:
         """Return whether the device is there at `time`."""
 
-    def occupy(self, device: int, time: float, samples: float) -> tuple[float, float]:
-        """Queue work behind what the device does already; return its start and end (s)."""
+    def occupy(self, device: int, time: float, samples: float) -> tuple[float, float, bool]:
+        """Queue work behind what the device does already.
+
+        Returns when it begins (NaN: never) and ends (s), and whether it is done then; else the
+        device has gone away and dropped it.
+        """
+
+    def count_bytes(self, device: int, *, sent: int = 0, received: int = 0) -> None:
+        """Count what a device has sent or received, headers included."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,13 +49,23 @@ class Trip:
     samples : float
         Training samples' worth of work at the device.
     bytes_down, bytes_up : int
-        Payloads; `bytes_up` is known when the work is done.
+        Payloads that came to the device and that it sent, known when they are on their way.
     pushed, received, started, computed, finished : float
-        Virtual seconds: handed over by the server, at the device, work begins, work done, reply at
-        the server (or the moment the trip failed). NaN until they happen.
+        Virtual seconds: handed over by the strategy, at the device, work begins, work done, the
+        device's part is over (its reply is at the server, or the trip failed). NaN until they
+        happen; `started` and `computed` are known, and set, as soon as the device begins.
+    exchange : {"server", "neighbours"}
+        How it travels.
+    neighbours : tuple of int
+        Devices that it sent its payload to (between neighbours only).
+    payloads : dict of int to object
+        Sender → what its payload carries, of those that came in time (between neighbours only).
+    is_closed : bool
+        Nobody asks for its reply any more: it was handed over or given up.
     outcome : str
         ``pending``, ``ok``, ``error`` (the app failed), ``offline``, ``lost-down``, ``lost-up``,
-        ``failed-down``, ``failed-up`` (a link broke) or ``expired`` (the reply outlived its TTL).
+        ``failed-down``, ``failed-up`` (a link broke), ``failed-device`` (the device went away and
+        dropped the work) or ``expired`` (the reply outlived its TTL).
     """
 
     message_id: str
@@ -63,10 +81,14 @@ class Trip:
     computed: float = math.nan
     finished: float = math.nan
     outcome: str = "pending"
+    exchange: str = "server"
+    neighbours: tuple[int, ...] = ()
+    payloads: dict[int, Any] = field(default_factory=dict)
+    is_closed: bool = False
 
     @property
     def has_arrived(self) -> bool:
-        """Whether a reply reached the server."""
+        """Whether a reply is available."""
         return self.outcome in ("ok", "error")
 
     @property
@@ -131,30 +153,38 @@ def serve(
         if not compute.is_available(trip.device, env.now):
             end("offline")
             return
-        trip.started, trip.computed = compute.occupy(trip.device, env.now, trip.samples)
-        _at(env, trip.computed, reply)
+        compute.count_bytes(trip.device, received=trip.bytes_down)
+        trip.started, ended, is_done = compute.occupy(trip.device, env.now, trip.samples)
+        if is_done:
+            trip.computed = ended
+            at(env, ended, reply)
+        else:
+            at(env, ended, lambda _: end("failed-device"))
 
     def reply(_: simpy.Event) -> None:
         trip.bytes_up = reply_bytes(trip)
+        compute.count_bytes(trip.device, sent=trip.bytes_up)
         upload = network.transfer(trip.device, server, trip.bytes_up)
-        _then(upload, arrive)
+        then(upload, arrive)
 
     def arrive(event: simpy.Event) -> None:
         if is_delivered(event, "up"):
             end("ok")
 
     if compute.is_available(trip.device, env.now):
-        _then(network.transfer(server, trip.device, trip.bytes_down), receive)
+        then(network.transfer(server, trip.device, trip.bytes_down), receive)
     else:
-        _at(env, env.now, lambda _: end("offline"))
+        at(env, env.now, lambda _: end("offline"))
 
 
-def _then(event: simpy.Event, callback: Callable[[simpy.Event], None]) -> None:
+def then(event: simpy.Event, callback: Callable[[simpy.Event], None]) -> None:
+    """Call back when an event happens; at once if it has."""
     if event.callbacks is None:  # already happened
         callback(event)
     else:
         event.callbacks.append(callback)
 
 
-def _at(env: simpy.Environment, time: float, callback: Callable[[simpy.Event], None]) -> None:
-    _then(env.timeout(max(time - env.now, 0.0)), callback)
+def at(env: simpy.Environment, time: float, callback: Callable[[simpy.Event], None]) -> None:
+    """Call back at a time, or at the end of this instant if it is past."""
+    then(env.timeout(max(time - env.now, 0.0)), callback)

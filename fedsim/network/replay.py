@@ -8,10 +8,11 @@ import simpy
 
 from fedsim.errors import ScenarioError
 from fedsim.network.links import LinkEnds, LinkState, Steps
-from fedsim.network.transfers import Delivery, Network, TransferOptions
+from fedsim.network.options import TransferOptions
+from fedsim.network.transfers import Delivery, Network
 from fedsim.network.wiring import LinkTable, ListedWiring
 
-__all__ = ["replay"]
+__all__ = ["deliveries_of", "replay"]
 
 
 def replay(case: Mapping[str, Any]) -> list[float | None]:
@@ -34,7 +35,7 @@ def replay(case: Mapping[str, Any]) -> list[float | None]:
         If the case lacks a field or names a link that it does not have.
     """
     try:
-        deliveries = _run(case)
+        deliveries = deliveries_of(case)
     except (KeyError, TypeError, ValueError) as error:
         name = case.get("name", "?") if isinstance(case, Mapping) else "?"
         raise ScenarioError(
@@ -46,7 +47,7 @@ def replay(case: Mapping[str, Any]) -> list[float | None]:
     ]
 
 
-def _run(case: Mapping[str, Any]) -> list[Delivery | None]:
+def deliveries_of(case: Mapping[str, Any]) -> list[Delivery | None]:
     """Return what became of each flow; None if nothing did."""
     links = {str(link["id"]): link for link in case["links"]}
     if len(links) < len(case["links"]):

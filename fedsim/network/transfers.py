@@ -11,58 +11,25 @@ waits for many of them handles loss as data.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from math import inf, nan
-from typing import Any, Literal
+from math import exp, inf, isnan, log1p, nan
+from typing import Literal
 
 import numpy as np
 import simpy
 
 from fedsim.errors import NetworkError
+from fedsim.network.clock import ARRIVAL, CHANGE, EXPIRY, WHILE_OPEN, Clock
 from fedsim.network.engine import Flow, FluidNetwork
-from fedsim.network.links import UP, LinkEnds, LinkHistory, LinkModel, LinkState
+from fedsim.network.failures import Failure, Scheduled
+from fedsim.network.links import Burst, LinkModel
+from fedsim.network.options import TransferOptions
+from fedsim.network.states import LinkStates
 from fedsim.network.wiring import LinkTable, Wiring
 from fedsim.streams import bits
 
-__all__ = ["Delivery", "Network", "Transfer", "TransferOptions"]
-
-_FIRST = 0  # SimPy priority: before what users schedule for the same instant (which is 1)
-_LAST = 2
-_CHANGE, _ARRIVAL, _EXPIRY = 0, 1, 2  # order within the calendar at one instant
-_ALWAYS = -1  # a calendar entry that holds as long as the transfer is not over
-_MAX_IDLE_WAKES = 1000
+__all__ = ["Delivery", "LinkUse", "Network", "Transfer"]
 
 Outcome = Literal["delivered", "lost", "failed"]
-
-
-@dataclass(frozen=True, slots=True)
-class TransferOptions:
-    """How payloads travel; everything beyond latency and fair sharing is off by default.
-
-    Attributes
-    ----------
-    message_loss : float
-        Probability that a whole message is lost: it uses the network as usual and is reported lost
-        at the time it would have arrived.
-    link_down : {"stall", "fail", "reroute"}
-        What a link that goes down does to payloads on it: they wait and go on where they were;
-        they fail at once; they take another route (and wait where there is none).
-    retries : int
-        How often a message that was lost or failed is sent again, from its start.
-    backoff : float, s
-        Wait before the first retry; doubles with each.
-    timeout : float, s
-        After this long since it was first sent a message fails, whatever its state.
-    header_bytes : int
-        Added to every message.
-    """
-
-    message_loss: float = 0.0
-    link_down: Literal["stall", "fail", "reroute"] = "stall"
-    retries: int = 0
-    backoff: float = 1.0
-    timeout: float = inf
-    header_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +67,47 @@ class Delivery:
 
 
 class Transfer(simpy.Event):
-    """A payload on its way: an event that succeeds with a `Delivery`."""
+    """A payload on its way: an event that succeeds with a `Delivery`.
+
+    Attributes
+    ----------
+    source, destination, size_bytes : int
+    started : float, s
+    route : tuple of int
+        Link ids; changes if the payload is rerouted.
+    attempts : int
+    first_byte : float, s
+        nan until it is there.
+    is_over : bool
+    """
+
+    __slots__ = (
+        "attempts",
+        "bits_left",
+        "cap_bps",
+        "consumption",
+        "destination",
+        "drop_draw",
+        "first_byte",
+        "flow",
+        "is_over",
+        "is_waiting",
+        "latency",
+        "log_survival",
+        "loss",
+        "network",
+        "next_growth",
+        "rate_cap",
+        "route",
+        "size_bytes",
+        "source",
+        "stalled_since",
+        "started",
+        "version",
+        "weight",
+        "will_be_lost",
+        "wire_bits",
+    )
 
     def __init__(
         self,
@@ -121,11 +128,20 @@ class Transfer(simpy.Event):
         self.route = route
         self.weight = weight
         self.cap_bps = cap_bps
+        self.consumption: dict[int, float] | None = None
+        self.wire_bits = network.options.wire_bits(size_bytes)
+        self.latency = 0.0
         self.attempts = 1
+        self.is_waiting = False  # for a retry
         self.first_byte = nan
         self.flow: Flow | None = None
         self.bits_left = 0.0
-        self.consumption: dict[int, float] | None = None
+        self.rate_cap = inf  # of a slow start
+        self.next_growth = inf
+        self.stalled_since = nan
+        self.loss = 0.0
+        self.log_survival = 0.0
+        self.drop_draw = 0.0
         self.will_be_lost = False
         self.version = 0
         self.is_over = False
@@ -138,36 +154,46 @@ class Transfer(simpy.Event):
         self.network.cancel(self)
 
 
-class _Wake(simpy.Event):
-    """A call at a given time, before or after everything else at that time."""
-
-    def __init__(
-        self,
-        env: simpy.Environment,
-        call: Callable[[simpy.Event], None],
-        delay: float,
-        priority: int,
-    ) -> None:
-        super().__init__(env)
-        self._ok = True
-        self._value = None
-        self.callbacks.append(call)
-        env.schedule(self, priority, delay)  # type: ignore[arg-type]
-
-
 class _Watch:
     """A varying link while payloads are on their way over it."""
 
-    __slots__ = ("history", "is_over", "is_up", "link", "loss", "users", "version")
+    __slots__ = ("burst", "is_over", "is_up", "link", "loss", "users", "version")
 
-    def __init__(self, link: int, history: LinkHistory | None) -> None:
+    def __init__(self, link: int) -> None:
         self.link = link
-        self.history = history
         self.users: dict[Transfer, None] = {}
         self.is_up = True
         self.loss = 0.0
+        self.burst: Burst | None = None
         self.version = 0
         self.is_over = False
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """What a link has carried.
+
+    Attributes
+    ----------
+    name : str
+    bandwidth_bps, latency : float, bit/s and s
+    carried_bytes : float
+        Headers and repetitions included.
+    busy_time : float, s
+        With at least one payload on it (0 for a link of infinite bandwidth).
+    """
+
+    name: str
+    bandwidth_bps: float
+    latency: float
+    carried_bytes: float
+    busy_time: float
+
+    def utilisation(self, elapsed: float) -> float:
+        """Return the share of the nominal capacity of `elapsed` seconds that was used."""
+        if elapsed <= 0 or not 0 < self.bandwidth_bps < inf:
+            return 0.0
+        return 8 * self.carried_bytes / (self.bandwidth_bps * elapsed)
 
 
 class Network:
@@ -185,8 +211,20 @@ class Network:
     options : TransferOptions
     link_model : LinkModel, optional
         How the links that `wiring` calls varying vary.
+    failures : sequence of Failure
+        Which links and nodes are down when.
     seed : int
-        Of link histories and message loss.
+        Of link histories and loss.
+
+    Attributes
+    ----------
+    env : simpy.Environment
+    options : TransferOptions
+    server : int or None
+        Node id of the server.
+    n_nodes : int
+    on_close : callable or None
+        Called with each `Delivery` when its payload has arrived or was given up.
     """
 
     def __init__(
@@ -197,6 +235,7 @@ class Network:
         *,
         options: TransferOptions | None = None,
         link_model: LinkModel | None = None,
+        failures: Sequence[Failure] = (),
         seed: int = 0,
     ) -> None:
         table.check(wiring.name)
@@ -204,30 +243,35 @@ class Network:
         self.options = options or TransferOptions()
         self.server = wiring.server
         self.n_nodes = wiring.n_nodes
-        self.seed = seed
+        self.on_close: Callable[[Delivery], None] | None = None
         self._wiring = wiring
-        self._bandwidth = table.bandwidth_bps
         self._latency = table.latency
-        self._fluid = FluidNetwork(
-            np.array(table.bandwidth_bps, dtype=float),
-            table.unshared if table.unshared is not None and table.unshared.any() else None,
-        )
-        self._link_model = link_model
-        self._histories: dict[int, LinkHistory | None] = {}
+        self._loss = table.loss
+        if isinstance(link_model, Scheduled):
+            failures = [*failures, *link_model.failures]
+            link_model = None
+        self._states = LinkStates(table, wiring, link_model, failures, seed)
+        unshared = table.unshared
+        if self.options.fairness == "none":
+            unshared = np.ones(len(table.latency), dtype=bool)
+        elif unshared is not None and not unshared.any():
+            unshared = None
+        self._fluid = FluidNetwork(np.array(table.bandwidth_bps, dtype=float), unshared)
+        self._carried = np.zeros(len(table.latency))
         self._watches: dict[int, _Watch] = {}
-        self._forced_down: set[int] = set()
-        self._dead_nodes: set[int] = set()
         self._active: dict[Transfer, None] = {}
-        self._calendar: list[tuple[float, int, int, Callable[[Any, float], None], Any, int]] = []
-        self._sequence = 0
-        self._wake: _Wake | None = None
-        self._armed = inf
-        self._is_solving = False
-        self._idle_wakes = 0
-        self._last_wake = -inf
         self._message_counts: dict[tuple[int, int], int] = {}
         self._loss_key = int(bits(seed, "message-loss"))
-        self.link_bytes = np.zeros(len(table.bandwidth_bps))
+        self._drop_key = int(bits(seed, "packet-loss"))
+        self._counts_messages = self.options.message_loss > 0 or self.options.loss == "drop"
+        self._is_plain = (
+            self.options.loss == "none"
+            and self.options.startup == "none"
+            and self.options.fairness != "rtt"
+            and self.options.window_bytes is None
+            and self.options.header_efficiency == 1.0
+        )
+        self._clock = Clock(env, self._on_due, self._on_end)
 
     # What users do
 
@@ -287,9 +331,12 @@ class Network:
                 for link in self._wiring.find(name)
             }
         self._active[transfer] = None
-        if self.options.timeout < inf:
-            self._at(self.env.now + self.options.timeout, _EXPIRY, self._expire, transfer, _ALWAYS)
+        if self.options.timeout is not None:
+            end = self.env.now + self.options.timeout
+            self._clock.at(end, EXPIRY, self._expire, transfer, WHILE_OPEN)
         self._release(transfer, self.env.now)
+        if transfer.flow is not None:
+            self._note_stalls()
         self._look_ahead()
         return transfer
 
@@ -312,38 +359,103 @@ class Network:
         bandwidth_bps : float, optional
             New bandwidth, 0 or more.
         """
+        if bandwidth_bps is not None and not bandwidth_bps >= 0:
+            raise NetworkError(f"link {name}: negative bandwidth {bandwidth_bps:g} bit/s")
         for link in self._wiring.find(name):
-            if up is not None:
-                (self._forced_down.discard if up else self._forced_down.add)(link)
-            if bandwidth_bps is not None:
-                if not bandwidth_bps >= 0:
-                    raise NetworkError(f"link {name}: negative bandwidth {bandwidth_bps:g} bit/s")
-                if self._bandwidth is self._fluid.capacity or not self._bandwidth.flags.writeable:
-                    self._bandwidth = self._bandwidth.copy()
-                self._bandwidth[link] = bandwidth_bps
+            self._states.set_link(link, up, bandwidth_bps)
             self._force(link)
+        self._note_stalls()
         self._look_ahead()
 
     def set_node(self, node: int, *, up: bool) -> None:
         """Let a node die or come back: its links go with it, payloads from or to it fail."""
-        (self._dead_nodes.discard if up else self._dead_nodes.add)(node)
+        self._states.set_node(node, up)
         if not up:
             for transfer in [t for t in self._active if node in (t.source, t.destination)]:
                 self._miss(transfer, "failed", f"node {node} is down")
         for link in self._wiring.links_of(node):
             self._force(link)
+        self._note_stalls()
         self._look_ahead()
+
+    def start_round(self, number: int, edges: Iterable[tuple[int, int]] | None = None) -> None:
+        """Begin a round of training: links that are drawn for each round are drawn anew.
+
+        Parameters
+        ----------
+        number : int
+            The draws depend on (seed, number, link) alone.
+        edges : iterable of (int, int), optional
+            Only the links between these pairs of nodes exist in this round; by default all.
+
+        A link that is in use stays as it is until nothing is on it, so that payloads on their way
+        finish.
+        """
+        for transfer in self._active:
+            for link in () if transfer.is_waiting else transfer.route:
+                watch = self._watches.get(link)
+                if watch is None:
+                    watch = self._watches[link] = _Watch(link)
+                watch.users[transfer] = None
+        self._states.start_round(number, edges)
 
     def link_name(self, link: int) -> str:
         """Return the name of a link id."""
         return self._wiring.name(link)
+
+    def link_uses(self) -> list[LinkUse]:
+        """Return what each link that was ever used has carried, in order of link ids."""
+        busy = self._fluid.busy_time(self.env.now)
+        return [
+            LinkUse(
+                self.link_name(link),
+                self._states.bandwidth.item(link),
+                self._latency.item(link),
+                self._carried.item(link),
+                busy.item(link),
+            )
+            for link in np.flatnonzero((self._carried > 0) | (busy > 0)).tolist()
+        ]
+
+    def timeline(self, name: str, start: float, end: float) -> list[tuple[float, float]]:
+        """Return how a link varies by its model and timetable.
+
+        Returns
+        -------
+        list of (float, float)
+            From each time (s) on it has this bandwidth (bit/s), 0 being down.
+        """
+        return self._states.timeline(self._wiring.find(name)[0], start, end)
+
+    def explain(self, transfer: Transfer) -> str:
+        """Say what bounds a payload now: its bottleneck, its share of it, its latency."""
+        head = f"{transfer.source} → {transfer.destination}, {transfer.size_bytes} bytes: "
+        if transfer.is_over:
+            delivery = transfer.value
+            assert isinstance(delivery, Delivery)
+            return (
+                head + f"{delivery.outcome} at {delivery.finished:g} s {delivery.reason}".rstrip()
+            )
+        names = " → ".join(map(self.link_name, transfer.route)) or "no links"
+        latency = self._route_latency(transfer.route)
+        head += f"route {names}, latency {latency:g} s; "
+        flow = transfer.flow
+        if flow is None:
+            return head + "its first byte is not there yet"
+        left = flow.bits_left(self.env.now) / 8
+        rate = self._fluid.rate(flow)
+        link = self._fluid.bottleneck(flow)
+        bound = "its own cap" if link is None else f"link {self.link_name(link)}"
+        return head + f"{left:.0f} bytes left at {rate:g} bit/s, bounded by {bound}"
 
     def why_stalled(self) -> str | None:
         """Say why nothing can ever be delivered; None if something can, or nothing is on its way.
 
         True for as long as nobody sends anything new or changes a link by hand.
         """
-        if not self._active or self._fluid.is_dirty or self._next_time() < inf:
+        if not self._active or self._fluid.is_dirty:
+            return None
+        if min(self._fluid.next_completion(), self._clock.next_time()) < inf:
             return None
         reasons = []
         for transfer in list(self._active)[:3]:
@@ -364,49 +476,100 @@ class Network:
 
     def _release(self, transfer: Transfer, now: float) -> None:
         """Begin an attempt: resolve the route, then wait for its latency."""
-        options = self.options
-        transfer.bits_left = 8.0 * (transfer.size_bytes + options.header_bytes)
-        if options.message_loss > 0:
-            transfer.will_be_lost = self._draw_loss(transfer)
-        if self._dead_nodes and not self._dead_nodes.isdisjoint(
-            (transfer.source, transfer.destination)
-        ):
-            node = transfer.source if transfer.source in self._dead_nodes else transfer.destination
-            self._miss(transfer, "failed", f"node {node} is down")
-            return
-        if self._is_varying() and not self._watch_route(transfer, now):
-            return
+        transfer.version += 1
+        transfer.bits_left = transfer.wire_bits
+        transfer.first_byte = nan
+        transfer.rate_cap = inf
+        if self._counts_messages:
+            self._draw_loss(transfer)
+        if self._states.is_varying:
+            for node in (transfer.source, transfer.destination):
+                if self._states.is_dead(node, now):
+                    self._miss(transfer, "failed", f"node {node} is down")
+                    return
+                death = self._states.next_death(node, now)
+                if death < inf:
+                    self._clock.at(death, CHANGE, self._die, transfer, WHILE_OPEN)
+            if not self._watch_route(transfer, now):
+                return
         self._start_latency(transfer, now)
 
-    def _start_latency(self, transfer: Transfer, now: float) -> None:
+    def _die(self, transfer: Transfer, now: float) -> None:
+        """Let a node's death on its timetable fail a payload, unless a retry waits for better."""
+        for node in (transfer.source, transfer.destination):
+            if self._states.is_dead(node, now) and not transfer.is_waiting:
+                self._miss(transfer, "failed", f"node {node} is down")
+                return
+
+    def _route_latency(self, route: tuple[int, ...]) -> float:
         latency = self._latency
-        delay = 0.0
-        for link in transfer.route:
-            delay += latency.item(link)
+        total = 0.0
+        for link in route:
+            total += latency.item(link)
+        return total
+
+    def _start_latency(self, transfer: Transfer, now: float) -> None:
+        latency = transfer.latency = self._route_latency(transfer.route)
+        delay = self.options.setup(latency)
         if delay > 0:
-            self._at(now + delay, _ARRIVAL, self._enter, transfer, transfer.version)
+            self._clock.at(now + delay, ARRIVAL, self._enter, transfer, transfer.version)
         else:
             self._enter(transfer, now)
 
     def _enter(self, transfer: Transfer, now: float) -> None:
         """Begin the fluid phase: the first byte is there."""
-        transfer.version += 1
         transfer.first_byte = now
+        if not self._is_plain:
+            self._start_up(transfer, now)
+        self._join(transfer, now)
+
+    def _join(self, transfer: Transfer, now: float) -> None:
+        """Give a payload to the solver, with what its route asks of it at present."""
+        transfer.version += 1
+        one, cap, weight = 1.0, transfer.cap_bps, transfer.weight
+        if not self._is_plain:
+            options = self.options
+            loss = transfer.loss = self._route_loss(transfer)
+            one = options.consumption(loss)
+            cap = min(
+                cap,
+                transfer.rate_cap,
+                options.rate_cap(transfer.size_bytes, transfer.latency, loss),
+            )
+            weight *= options.weight(transfer.latency)
         uses: dict[int, float] = {}
         capacity = self._fluid.capacity
         for link in transfer.route:
             if capacity.item(link) < inf:
-                uses[link] = uses.get(link, 0.0) + 1.0
+                uses[link] = uses.get(link, 0.0) + one
         if transfer.consumption:
-            uses.update(transfer.consumption)
-        if not uses and transfer.cap_bps == inf:
+            uses.update({link: one * each for link, each in transfer.consumption.items()})
+        if not uses and cap == inf:
+            self._count(transfer, transfer.bits_left)
+            transfer.bits_left = 0.0
             self._arrive(transfer)
             return
-        flow = Flow(
-            tuple(uses.items()), transfer.bits_left, transfer.weight, transfer.cap_bps, transfer
-        )
-        transfer.flow = flow
-        self._fluid.add(flow, now)
+        transfer.flow = Flow(tuple(uses.items()), transfer.bits_left, weight, cap, transfer)
+        self._fluid.add(transfer.flow, now)
+        if transfer.rate_cap < inf:
+            self._clock.at(transfer.next_growth, CHANGE, self._grow, transfer, transfer.version)
+
+    def _start_up(self, transfer: Transfer, now: float) -> None:
+        """Begin a slow start, unless one is not asked for."""
+        transfer.rate_cap = self.options.first_rate(transfer.latency)
+        transfer.next_growth = now + 2.0 * transfer.latency
+
+    def _grow(self, transfer: Transfer, now: float) -> None:
+        """Double the rate of a slow start after a round trip, until it cannot bound any more."""
+        assert transfer.flow is not None
+        rtt = 2.0 * transfer.latency
+        transfer.rate_cap *= 2.0
+        transfer.next_growth = now + rtt
+        widest = min((self._fluid.capacity.item(link) for link in transfer.route), default=inf)
+        if transfer.rate_cap >= widest or transfer.rate_cap * rtt >= transfer.wire_bits:
+            transfer.rate_cap = inf
+        self._leave(transfer, now)
+        self._join(transfer, now)
 
     def _leave(self, transfer: Transfer, now: float) -> None:
         """Take a payload out of whatever phase it is in; `bits_left` is then up to date."""
@@ -415,13 +578,28 @@ class Network:
         if flow is not None:
             transfer.flow = None
             left = self._fluid.remove(flow, now)
-            self._count_bytes(transfer, transfer.bits_left - left)
+            self._count(transfer, transfer.bits_left - left)
             transfer.bits_left = left
+
+    def _count(self, transfer: Transfer, n_bits: float) -> None:
+        """Account for bits that have crossed the route since the payload joined."""
+        sent = n_bits / 8
+        if not self._is_plain:
+            sent *= self.options.consumption(transfer.loss) * self.options.header_efficiency
+            if self.options.loss == "drop" and transfer.loss > 0:
+                packets = self.options.packets(transfer.size_bytes)
+                share = n_bits / transfer.wire_bits if transfer.wire_bits else 1.0
+                transfer.log_survival += share * packets * log1p(-transfer.loss)
+        carried = self._carried
+        for link in transfer.route:
+            carried[link] += sent
 
     def _arrive(self, transfer: Transfer) -> None:
         """Decide whether the payload whose last bit is there counts as delivered."""
         if transfer.will_be_lost:
             self._miss(transfer, "lost", "message loss")
+        elif self.options.loss == "drop" and not transfer.drop_draw < self._survival(transfer):
+            self._miss(transfer, "lost", "packet loss")
         else:
             self._close(transfer, "delivered", "")
 
@@ -436,7 +614,12 @@ class Network:
         self._unwatch(transfer)
         wait = options.backoff * 2.0 ** (transfer.attempts - 1)
         transfer.attempts += 1
-        self._at(now + wait, _ARRIVAL, self._release, transfer, transfer.version)
+        transfer.is_waiting = True
+        self._clock.at(now + wait, ARRIVAL, self._try_again, transfer, transfer.version)
+
+    def _try_again(self, transfer: Transfer, now: float) -> None:
+        transfer.is_waiting = False
+        self._release(transfer, now)
 
     def _close(self, transfer: Transfer, outcome: Outcome, reason: str) -> None:
         now = self.env.now
@@ -445,115 +628,105 @@ class Network:
             self._unwatch(transfer)
         transfer.is_over = True
         del self._active[transfer]
-        transfer.succeed(
-            Delivery(
-                transfer.source,
-                transfer.destination,
-                transfer.size_bytes,
-                transfer.started,
-                now,
-                outcome,
-                reason,
-                transfer.first_byte,
-                transfer.attempts,
-                transfer.route,
-            )
+        delivery = Delivery(
+            transfer.source,
+            transfer.destination,
+            transfer.size_bytes,
+            transfer.started,
+            now,
+            outcome,
+            reason,
+            transfer.first_byte,
+            transfer.attempts,
+            transfer.route,
         )
+        if self.on_close is not None:
+            self.on_close(delivery)
+        transfer.succeed(delivery)
 
     def _expire(self, transfer: Transfer, now: float) -> None:
         self._close(transfer, "failed", "timeout")
 
-    def _draw_loss(self, transfer: Transfer) -> bool:
+    def _draw_loss(self, transfer: Transfer) -> None:
         """Draw the fate of the pair's next message."""
         pair = (transfer.source, transfer.destination)
         count = self._message_counts.get(pair, 0)
         self._message_counts[pair] = count + 1
-        return keyed_uniform(self._loss_key, (*pair, count)) < self.options.message_loss
+        words = (*pair, count)
+        transfer.will_be_lost = keyed_uniform(self._loss_key, words) < self.options.message_loss
+        transfer.drop_draw = keyed_uniform(self._drop_key, words)
+        transfer.log_survival = 0.0
 
-    def _count_bytes(self, transfer: Transfer, n_bits: float) -> None:
-        link_bytes = self.link_bytes
+    def _route_loss(self, transfer: Transfer) -> float:
+        """Return the probability that a packet is lost on the route, bursts apart."""
+        if self.options.loss == "none":
+            return 0.0
+        arrives = 1.0
         for link in transfer.route:
-            link_bytes[link] += n_bits / 8
+            watch = self._watches.get(link)
+            if watch is not None:
+                lost = 0.0 if watch.burst and self.options.loss == "drop" else watch.loss
+            else:
+                lost = 0.0 if self._loss is None else self._loss.item(link)
+            arrives *= 1.0 - lost
+        return 1.0 - arrives
+
+    def _survival(self, transfer: Transfer) -> float:
+        """Return the probability that no packet of a message was dropped."""
+        survival = exp(transfer.log_survival)
+        for link in transfer.route:
+            watch = self._watches.get(link)
+            if watch is not None and watch.burst is not None:
+                survival *= watch.burst.survival(self.options.packets(transfer.size_bytes))
+        return survival
 
     # Links that vary
 
-    def _is_varying(self) -> bool:
-        return self._link_model is not None or bool(self._forced_down or self._dead_nodes)
-
-    def _history(self, link: int) -> LinkHistory | None:
-        if self._link_model is None or not self._wiring.varies(link):
-            return None
-        if link not in self._histories:
-            source, destination = sorted(self._wiring.ends(link))
-            ends = LinkEnds(
-                self._wiring.physical(link), source, destination, self._bandwidth.item(link)
-            )
-            self._histories[link] = self._link_model.bind(self.seed, ends)
-        return self._histories[link]
-
-    def _is_forced_down(self, link: int) -> bool:
-        return link in self._forced_down or (
-            bool(self._dead_nodes) and not self._dead_nodes.isdisjoint(self._wiring.ends(link))
-        )
-
-    def _is_up(self, link: int) -> bool:
-        if self._is_forced_down(link):
-            return False
-        history = self._history(link)
-        return history is None or history.state_at(self.env.now).is_up
-
     def _watch_route(self, transfer: Transfer, now: float) -> bool:
         """Follow the links of a payload's route; tell whether it may go on."""
-        for _ in range(2):
-            broken = None
-            for link in transfer.route:
-                watch = self._watches.get(link)
-                if watch is None:
-                    history = self._history(link)
-                    if history is None and not self._is_forced_down(link):
-                        continue
-                    watch = self._open_watch(link, history, now)
-                watch.users[transfer] = None
-                if not watch.is_up and broken is None:
-                    broken = link
-            if broken is None or self.options.link_down == "stall":
-                return True
-            if self.options.link_down == "fail":
-                self._miss(transfer, "failed", f"link {self.link_name(broken)} is down")
-                return False
-            detour = self._wiring.detour(transfer.source, transfer.destination, self._is_up)
-            if detour is None:
-                return True
+        broken = self._watch(transfer, now)
+        if broken is None or self.options.link_down == "stall":
+            return True
+        if self.options.link_down == "fail":
+            self._miss(transfer, "failed", f"link {self.link_name(broken)} is down")
+            return False
+        detour = self._detour(transfer)
+        if detour is not None:
             self._unwatch(transfer)
             transfer.route = detour
+            self._watch(transfer, now)
         return True
 
-    def _open_watch(self, link: int, history: LinkHistory | None, now: float) -> _Watch:
-        watch = self._watches[link] = _Watch(link, history)
-        self._apply_state(watch, now)
-        if history is not None:
-            self._schedule_change(watch, now)
-        return watch
+    def _watch(self, transfer: Transfer, now: float) -> int | None:
+        """Follow the varying links of a route; return the first one that is down."""
+        broken = None
+        for link in transfer.route:
+            watch = self._watches.get(link)
+            if watch is None:
+                if not self._states.can_change(link):
+                    continue
+                watch = self._watches[link] = _Watch(link)
+                self._take_state(watch, now)
+                self._schedule_change(watch, now)
+            watch.users[transfer] = None
+            if not watch.is_up and broken is None:
+                broken = link
+        return broken
+
+    def _detour(self, transfer: Transfer) -> tuple[int, ...] | None:
+        now = self.env.now
+        return self._wiring.detour(
+            transfer.source, transfer.destination, lambda link: self._states.is_up(link, now)
+        )
 
     def _schedule_change(self, watch: _Watch, now: float) -> None:
-        assert watch.history is not None
-        when = watch.history.next_change(now)
-        if not when > now:
-            raise NetworkError(
-                f"link {self.link_name(watch.link)}: its model says at {now:g} s "
-                f"that it changes next at {when:g} s"
-            )
+        when = self._states.next_change(watch.link, now)
         if when < inf:
-            self._at(when, _CHANGE, self._change, watch, watch.version)
+            self._clock.at(when, CHANGE, self._change, watch, watch.version)
 
-    def _apply_state(self, watch: _Watch, now: float) -> None:
+    def _take_state(self, watch: _Watch, now: float) -> None:
         """Give the solver the capacity that a watched link has now."""
-        state: LinkState = UP if watch.history is None else watch.history.state_at(now)
-        watch.is_up = state.is_up and not self._is_forced_down(watch.link)
-        capacity = 0.0
-        if watch.is_up:
-            own = self._bandwidth.item(watch.link)
-            capacity = state.scale * (own if state.bandwidth_bps is None else state.bandwidth_bps)
+        watch.is_up, capacity, watch.loss, watch.burst = self._states.figures(watch.link, now)
         self._fluid.set_capacity(watch.link, capacity, now)
 
     def _change(self, watch: _Watch, now: float) -> None:
@@ -563,41 +736,48 @@ class Network:
             self._schedule_change(watch, now)
 
     def _refresh(self, watch: _Watch, now: float) -> None:
-        was_up, was_infinite = watch.is_up, self._fluid.capacity.item(watch.link) == inf
-        self._apply_state(watch, now)
+        was_up, was_loss = watch.is_up, watch.loss
+        was_infinite = self._fluid.capacity.item(watch.link) == inf
+        self._take_state(watch, now)
         is_infinite = self._fluid.capacity.item(watch.link) == inf
-        for transfer in list(watch.users):
-            if was_infinite != is_infinite and transfer.flow is not None:
-                self._leave(transfer, now)
-                self._enter(transfer, now)
-            if was_up and not watch.is_up and not transfer.is_over:
-                self._break(transfer, watch, now)
+        if was_infinite != is_infinite or (was_loss != watch.loss and not self._is_plain):
+            for transfer in list(watch.users):
+                if transfer.flow is not None:
+                    self._leave(transfer, now)
+                    self._join(transfer, now)
+        if was_up and not watch.is_up and self.options.link_down != "stall":
+            for transfer in list(watch.users):
+                if not transfer.is_over:
+                    self._break(transfer, watch, now)
 
     def _break(self, transfer: Transfer, watch: _Watch, now: float) -> None:
         """Apply the link-down policy to a payload on a link that has just gone down."""
         if self.options.link_down == "fail":
             self._miss(transfer, "failed", f"link {self.link_name(watch.link)} went down")
-        elif self.options.link_down == "reroute":
-            detour = self._wiring.detour(transfer.source, transfer.destination, self._is_up)
-            if detour is not None:
-                self._leave(transfer, now)
-                self._unwatch(transfer)
-                transfer.route = detour
-                self._watch_route(transfer, now)
-                self._start_latency(transfer, now)
+            return
+        detour = self._detour(transfer)
+        if detour is not None:
+            self._leave(transfer, now)
+            self._unwatch(transfer)
+            transfer.route = detour
+            self._watch(transfer, now)
+            self._start_latency(transfer, now)
 
     def _force(self, link: int) -> None:
         """Apply a change by hand; payloads that crossed the link unwatched are found first."""
         now = self.env.now
         watch = self._watches.get(link)
         if watch is None:
-            users = [transfer for transfer in self._active if link in transfer.route]
+            users = [t for t in self._active if link in t.route and not t.is_waiting]
             if not users:
-                self._fluid.set_capacity(link, self._bandwidth.item(link), now)
+                self._fluid.set_capacity(link, self._states.figures(link, now)[1], now)
                 return
-            watch = self._watches[link] = _Watch(link, self._history(link))
+            watch = self._watches[link] = _Watch(link)
             watch.users.update(dict.fromkeys(users))
-        self._refresh(watch, now)
+            self._refresh(watch, now)
+            self._schedule_change(watch, now)
+        else:
+            self._refresh(watch, now)
 
     def _unwatch(self, transfer: Transfer) -> None:
         for link in transfer.route:
@@ -607,78 +787,51 @@ class Network:
                 if not watch.users:
                     watch.version += 1
                     del self._watches[link]
+                    self._fluid.set_capacity(link, self._states.bandwidth.item(link), self.env.now)
 
-    # The one clock
-
-    def _at(
-        self,
-        when: float,
-        rank: int,
-        call: Callable[[Any, float], None],
-        item: "Transfer | _Watch",
-        version: int,
-    ) -> None:
-        self._sequence += 1
-        heappush(self._calendar, (when, rank, self._sequence, call, item, version))
-
-    def _next_time(self) -> float:
-        calendar = self._calendar
-        while calendar:
-            _, _, _, _, item, version = calendar[0]
-            if item.version == version or (version == _ALWAYS and not item.is_over):
-                break
-            heappop(calendar)
-        when = self._fluid.next_completion()
-        return min(when, calendar[0][0]) if calendar else when
+    # Time
 
     def _look_ahead(self) -> None:
-        """Make sure that SimPy calls back: at the end of this instant, or at the next event."""
+        """Make sure to be called: at the end of this instant, or when something happens next."""
         if self._fluid.is_dirty:
-            if not self._is_solving:
-                self._is_solving = True
-                _Wake(self.env, self._on_solve, 0.0, _LAST)
-            return
-        when = self._next_time()
-        if when < self._armed:
-            self._armed = when
-            self._wake = _Wake(self.env, self._on_wake, max(when - self.env.now, 0.0), _FIRST)
+            self._clock.call_at_end()
+        else:
+            self._clock.wake_at(min(self._fluid.next_completion(), self._clock.next_time()))
 
-    def _on_solve(self, event: simpy.Event) -> None:
-        self._is_solving = False
-        self._check_progress()
-        self._fluid.solve(self.env.now)
-        self._look_ahead()
-
-    def _on_wake(self, event: simpy.Event) -> None:
-        if event is not self._wake:
-            return  # superseded by an earlier one
-        self._armed = inf
-        self._check_progress()
-        now = self.env.now
+    def _on_due(self, now: float) -> None:
         for flow in self._fluid.finished(now):
             transfer: Transfer = flow.owner
             transfer.flow = None
-            self._count_bytes(transfer, transfer.bits_left)
+            self._count(transfer, transfer.bits_left)
             transfer.bits_left = 0.0
             self._arrive(transfer)
-        calendar = self._calendar
-        while self._calendar and calendar[0][0] <= now:
-            when, _, _, call, item, version = heappop(calendar)
-            if item.version == version or (version == _ALWAYS and not item.is_over):
-                call(item, max(when, now))
+        self._clock.run_due(now)
+        self._note_stalls()
         self._look_ahead()
 
-    def _check_progress(self) -> None:
-        now = self.env.now
-        if now > self._last_wake:
-            self._last_wake = now
-            self._idle_wakes = 0
+    def _on_end(self, now: float) -> None:
+        self._fluid.solve(now)
+        self._note_stalls()
+        self._look_ahead()
+
+    def _note_stalls(self) -> None:
+        """Start and stop the clocks of payloads whose rate is 0; rates are up to date."""
+        stall_timeout = self.options.stall_timeout
+        if stall_timeout is None or self._fluid.is_dirty:
             return
-        self._idle_wakes += 1
-        if self._idle_wakes > _MAX_IDLE_WAKES:
-            raise NetworkError(
-                f"more than {_MAX_IDLE_WAKES} network events at {now:g} s: time does not go on"
-            )
+        now = self.env.now
+        for transfer in self._active:
+            if transfer.flow is None or self._fluid.rate(transfer.flow) > 0:
+                transfer.stalled_since = nan
+            elif isnan(transfer.stalled_since):
+                transfer.stalled_since = now
+                when = now + stall_timeout
+                self._clock.at(when, EXPIRY, self._give_up_stalled, transfer, WHILE_OPEN)
+
+    def _give_up_stalled(self, transfer: Transfer, now: float) -> None:
+        if now - transfer.stalled_since >= (self.options.stall_timeout or 0.0) * (1 - 1e-12):
+            transfer.stalled_since = nan
+            self._miss(transfer, "failed", "stalled")
 
 
 _MASK = 0xFFFFFFFFFFFFFFFF

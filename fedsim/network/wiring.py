@@ -208,7 +208,11 @@ class GraphWiring:
         rows: list[tuple[float, float, float, bool]] = []
         multi = graph.is_multigraph()
         # Sorted, so that the order in which edges were added changes nothing.
-        for a, b, data in sorted(graph.edges(data=True), key=lambda e: (e[0], e[1])):
+        edges = [
+            (a, b, data) if graph.is_directed() else (min(a, b), max(a, b), data)
+            for a, b, data in graph.edges(data=True)
+        ]
+        for a, b, data in sorted(edges, key=lambda edge: edge[:2]):
             if multi and (a, b) in self._ends:
                 raise NetworkError(f"link {a}-{b} is named twice")
             self._add_edge(a, b, data, graph.is_directed(), duplex, rows)
@@ -241,8 +245,6 @@ class GraphWiring:
             float(data.get("loss", 0.0)),
             sharing == "unshared",
         )
-        if not is_directed:
-            a, b = min(a, b), max(a, b)
         pairs = [(a, b)] if is_directed else [(a, b), (b, a)]
         if not is_directed and data.get("duplex", duplex) == "half":
             link = self._add_link(f"{a}-{b}", a, b, rows, row)

@@ -35,6 +35,8 @@ from fedsim.results import RunResult, load_run
 
 __all__ = ["render_page", "write_report"]
 
+_UNNOTICED = 0.01  # share of the virtual time below which the network does not matter
+
 _NETWORK_FIGURES = 4
 _LINK_ROWS = 8
 
@@ -318,7 +320,12 @@ def _shares(recorded: dict[str, timeline.Timeline]) -> str:
         "usual last device",
         "usual tightest link",
     )
-    return _table(
+    idle = [escape(name) for name, r in recorded.items() if r.share.network < _UNNOTICED]
+    warning = (
+        f'<p class="quiet">Warning: the network is not on the critical path of {", ".join(idle)}: '
+        "another network would not change their times.</p>"
+    )
+    return (warning if idle else "") + _table(
         headings,
         (
             (

@@ -31,6 +31,7 @@ __all__ = [
     "format_significant",
     "lost_messages",
     "notes",
+    "sentence",
     "state_of",
 ]
 
@@ -168,7 +169,9 @@ def lost_messages(result: StrategyResult) -> tuple[int, int]:
 
 
 def state_of(result: StrategyResult) -> str:
-    """Return how a strategy ended: done, diverged, interrupted or not run."""
+    """Return how a strategy ended: done, diverged, failed, interrupted or not run."""
+    if result.failure is not None:
+        return "failed"
     if result.summary.get("diverged"):
         return "diverged"
     if result.complete:
@@ -185,7 +188,11 @@ def notes(run: RunResult) -> list[str]:
             place = result.summary.get("diverged_at") or {}
             where = f" in round {place['round']}" if place.get("round") is not None else ""
             who = f" on device {place['device']}" if place.get("device") is not None else ""
-            lines.append(f"{name} diverged{where}{who}: its loss or parameters are not finite.")
+            why = place.get("reason") or "its loss or parameters are not finite"
+            lines.append(f"{name} diverged{where}{who}: {sentence(why)}")
+        elif state == "failed":
+            when = f" after round {result.rounds[-1].round}" if result.rounds else ""
+            lines.append(f"{name} failed{when}: {sentence(str(result.failure))}")
         elif state == "interrupted":
             asked = run.world.get("rounds")
             of = f" of {asked}" if asked else ""
@@ -193,6 +200,11 @@ def notes(run: RunResult) -> list[str]:
         elif state == "not run":
             lines.append(f"{name} has not been run.")
     return lines + [f"{problem}; it is left out." for problem in run.problems]
+
+
+def sentence(text: str) -> str:
+    """Return a text with one full stop at its end."""
+    return text.rstrip(". \n") + "."
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +338,7 @@ def comparison_table(run: RunResult, *, width: int = 120) -> Table:
     columns = [c for c in COLUMNS if all(c.key in row for row in rows.values())]
     if all(state_of(result) == "done" for result in run.strategies.values()):
         columns = [c for c in columns if c.key != "state"]
-    free = width - min(max(map(cell_len, rows), default=0), 24) - 5
+    free = width - max(map(cell_len, rows), default=0) - 5
     for key in ("", *_LEAST_IMPORTANT_FIRST):
         columns = [c for c in columns if c.key != key]
         if sum(_width_of(c, rows) + 3 for c in columns) <= free:
@@ -342,7 +354,7 @@ def comparison_table(run: RunResult, *, width: int = 120) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("strategy", overflow="fold")
+    table.add_column("strategy", no_wrap=True)
     for column in columns:
         heading = Text(_two_lines(column.heading), justify="right")
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.errors import FedsimError, ScenarioError
+from fedsim.whatif.fluid import time_schedule
 from fedsim.whatif.study import (
     Failure,
     Study,
@@ -22,7 +23,7 @@ from topologies.closed_forms import ClosedForm, closed_form, lower_bound
 from topologies.cost import hardware
 from topologies.overlap import Iteration, iteration_time
 from topologies.routing import Router, link_table
-from topologies.timing import CostModel, LoadPlan, Timing, time_schedule
+from topologies.timing import CostModel, LoadPlan, Timing
 
 __all__ = ["COLUMNS", "Line", "PairResult", "evaluate_pair"]
 
@@ -211,6 +212,7 @@ class _Network:
         return time_schedule(
             self.pair.plan,
             size,
+            engine=self.study.engine,
             model=self.model,
             bandwidth=self.bandwidth,
             start=start,

@@ -188,6 +188,8 @@ class Study(_Section):
     """Of a job."""
     baseline: str = "ps_colocated"
     """The collective against which job completion times are compared."""
+    engine: Literal["load", "fluid"] = "load"
+    """`load`: a step lasts as long as its busiest link; `fluid`: max-min fair sharing, slower."""
     barrier: Literal["global", "local"] = "global"
     fusion: Size | None = None
     """Bucket size of tensor fusion; 0: every tensor alone; absent: all in one."""

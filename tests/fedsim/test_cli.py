@@ -199,6 +199,14 @@ def test_an_output_directory_that_cannot_be_written_is_refused(fedsim_, file):
     assert "cannot write plain/out" in result.stderr
 
 
+def test_a_trace_that_cannot_be_written_is_refused_before_the_run(fedsim_, file, fake):
+    run = fake()
+    result = fedsim_("run", file, "--trace", "no/such/trace.json")
+    assert result.exit_code == 2
+    assert "--trace: cannot write no/such/trace.json: No such file" in result.stderr
+    assert run.calls == []
+
+
 MISTAKES = {
     "rounds: 20\nroundz: 3": "did you mean",
     SMALL.replace("fedprox", "fedprxo"): "'fedprxo' is no strategy; did you mean 'fedprox'?",
@@ -316,6 +324,85 @@ def test_init_gives_a_scenario_that_runs(fedsim_):
 def test_every_scenario_that_ships_is_valid(fedsim_, path):
     result = fedsim_("validate", path)
     assert result.exit_code == 0, result.output
+
+
+OWN = """\
+from flwr.serverapp.strategy import FedAvg
+
+
+class Passing(FedAvg):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+def fails(**supplied):
+    raise KeyError("lost")
+
+
+def one_part(labels, n_devices):
+    return [range(len(labels))]
+
+
+def too_far(labels, n_devices):
+    return [[device, len(labels)] for device in range(n_devices)]
+
+
+def no_module(input_shape, n_classes):
+    return 3
+"""
+
+UNFIT = {
+    "data.devices=5000": "data.devices: 5000 devices",
+    "data.dataset={kind: npz, path: nowhere.npz}": "data.dataset.path: no file 'nowhere.npz'",
+    "data.dataset={kind: npz, path: own_here.py}": "own_here.py is no .npz file",
+    "data.dataset='own_here:one_part'": "data.dataset.labels: is missing",
+    "data.dataset='builtins:dict'": "'builtins:dict' makes a dict, not a fedsim.data.datasets.Data",
+    "data.partition={kind: dirichlet, alpha: 0}": "data.partition.alpha: 0.0 is not above 0",
+    "data.partition='own_here:fails'": "data.partition: partition 'own_here:fails': KeyError('lost",
+    "data.partition='own_here:one_part'": "data.partition: gives 1 parts",
+    "data.partition='own_here:too_far'": "data.partition: gives device 0 indices 0..1348",
+    "devices.speed=0 samples/s": "devices.speed",
+    "devices.speed='builtins:dict'": "devices: AttributeError",
+    "model={kind: mlp, hidden: [0]}": "model: fc1.weight has shape (0, 64): no weights",
+    "model={kind: mlp, hidden: [-1]}": "model: Trying to create tensor with negative dimension",
+    "model='own_here:no_module'": "model.kind: no_module makes a int, no nn.Module",
+    "executor='builtins:dict'": "executor: 'builtins:dict' is no executor. One of: client_app",
+    "topology='builtins:dict'": "topology: 'builtins:dict' is no topology. One of:",
+    "training.learning_rate=.inf": "training.learning_rate",
+    "training.learning_rate=.nan": "training.learning_rate",
+    "strategies.prox='collections:OrderedDict'": "strategies.prox: this makes a OrderedDict, not",
+    "strategies.prox={kind: fedadam, eta: .inf}": "strategies.prox.eta",
+    "strategies.prox.fraction_train=1.5": "strategies.prox.fraction_train: 1.5 is not between 0",
+    "strategies.prox.fraction_evaluate=-1": "strategies.prox.fraction_evaluate: -1.0 is not betw",
+    "strategies.prox={kind: 'own_here:Passing', fraction_trian: 1}": "did you mean 'fraction_train",
+    "strategies.prox={kind: dp_server_fixed, strategy: fedavg, noise_multiplier: -1, "
+    "clipping_norm: 1, num_sampled_clients: 4}": "strategies.prox: strategy 'dp_server_fixed': The",
+}
+
+
+@pytest.mark.parametrize("change", list(UNFIT))
+def test_validate_refuses_what_a_run_would_refuse(fedsim_, file, change):
+    Path("own_here.py").write_text(OWN)
+    results = [fedsim_(command, file, "--set", change) for command in ("validate", "run")]
+    sys.modules.pop("own_here", None)
+    for result in results:
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {file}: ")
+        assert UNFIT[change] in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert result.stdout == ""
+    assert os.listdir() == ["own_here.py"]
+
+
+def test_a_data_set_that_is_not_on_this_machine_leaves_a_scenario_valid(fedsim_, file):
+    options = ["--data-dir", "nowhere", "--set", "data.dataset=mnist"]
+    result = fedsim_("validate", file, *options)
+    assert result.exit_code == 0, result.output
+    assert f"{file} is valid, but: 4 devices" in result.stdout
+    assert "mnist is not there" in result.stdout
+    assert fedsim_("run", file, *options).exit_code == 2
+    wrong = fedsim_("validate", file, *options, "--set", "strategies.prox='builtins:dict'")
+    assert wrong.exit_code == 2
 
 
 def test_code_in_the_current_directory_is_found(fedsim_, file):

@@ -175,14 +175,15 @@ def assert_equal_to_plain_loop(family, config, sizes, engines, chunks, control_s
                     for i in range(len(sizes))
                 ]
             for i, (flat, loss) in enumerate(expected):
-                assert (result.params[i] - flat).abs().max() < 1e-10, (engine, chunk, i)
-                assert abs(result.loss[i] - loss) < 1e-10
+                limit = 1e-8 if family == "batch norm" else 1e-10
+                assert (result.params[i] - flat).abs().max() < limit, (engine, chunk, i)
+                assert abs(result.loss[i] - loss) < limit
 
 
 LINEAR = ("softmax", "mlp", "tanh", "regression", "logistic")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     optimiser=st.sampled_from(sorted(OPTIMISERS)),
@@ -196,8 +197,10 @@ LINEAR = ("softmax", "mlp", "tanh", "regression", "logistic")
 def test_batched_training_equals_the_plain_loop(
     family, optimiser, sizes, batch_size, epochs, steps, chunk, control
 ):
-    if family == "batch norm":  # torch refuses the variance of one sample
-        batch_size, sizes = batch_size or 3, [n + (n % (batch_size or 3) == 1) for n in sizes]
+    if family == "batch norm":
+        # Of two samples that nearly coincide in a feature, the normalised values are ±1 and their
+        # derivative is a difference of rounding errors times 1 / sqrt(epsilon): three or more.
+        batch_size, sizes = 5, [n + 3 + 2 * ((n + 3) % 5 in (1, 2)) for n in sizes]
     config = LocalConfig(
         **{"learning_rate": 0.1, **OPTIMISERS[optimiser]},
         batch_size=batch_size,
@@ -452,6 +455,40 @@ def test_other_random_modules_are_looped_reproducibly():
         LocalConfig(batch_size=5),
     )
     assert torch.equal(alone.params[0], results[0][1])
+
+
+def test_a_call_for_nobody_gives_no_models():
+    _, trainer = make_trainer("cnn", make_data(IMAGE, 4, [5, 6]))
+    none = np.zeros(0, int)
+    result = trainer.train(trainer.initial()[None], none, none, none, LocalConfig())
+    assert result.params.shape == (0, trainer.layout.size)
+    assert result.loss.shape == result.steps.shape == (0,)
+
+
+def test_large_models_are_looped_on_a_processor_and_small_ones_mapped(recwarn):
+    data = make_data(IMAGE, 4, [5, 6])
+    for family, is_mapped in (("cnn", True), ("lstm", False), ("mlp", None)):
+        shape, n_classes = FAMILIES[family][2:]
+        _, trainer = make_trainer(family, make_data(shape, n_classes, [5, 6]))
+        used = engines_used(trainer)
+        assert used == {True: {"VmapKernel"}, False: set(), None: {"LinearKernel"}}[is_mapped]
+    wide = build_model(m.cnn, IMAGE, 4, seed=1, channels=(64, 64))
+    assert engines_used(Trainer(wide, data, seed=5)) == set()
+    assert engines_used(Trainer(wide, data, seed=5, engine="vmap")) == {"VmapKernel"}
+    assert not recwarn.list
+
+
+def engines_used(trainer):
+    """Return the kernels that a call of training went through; none is the loop."""
+    used, run = set(), trainer._run_stacked
+
+    def note(kernel, *arguments):
+        used.add(type(kernel).__name__)
+        return run(kernel, *arguments)
+
+    trainer._run_stacked = note
+    train_all(trainer, LocalConfig(batch_size=3))
+    return used
 
 
 @pytest.mark.gpu

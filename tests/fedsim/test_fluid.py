@@ -127,12 +127,19 @@ def histories(draw):
     return np.array(capacity), np.array(unshared) == 0, draw(steps)
 
 
-def play(history, inspect):
-    """Run a history on the engine; call `inspect(network, alive, now)` after every event."""
+def play(history, inspect=None):
+    """Run a history on the engine, looking after every event; return [(completion, owner), …]."""
     capacity, unshared, steps = history
     network = FluidNetwork(capacity.copy(), unshared)
+    added: list[Flow] = []
     alive: list[Flow] = []
+    done = []
     now = 0.0
+
+    def settle():
+        network.solve(now)
+        if inspect is not None and alive:
+            inspect(network, alive, now)
 
     def advance(until):
         nonlocal now
@@ -140,29 +147,30 @@ def play(history, inspect):
             now = when
             for flow in network.finished(now):
                 alive.remove(flow)
-            network.solve(now)
-            inspect(network, alive, now)
+                done.append((now, flow.owner))
+            settle()
 
     for wait, (kind, *rest) in steps:
-        advance(now + wait)
-        now += max(0.0, wait)
+        until = now + wait
+        advance(until)
+        now = until
         if kind == "add":
             links, consumption, size, weight, cap = rest
-            flow = Flow([(link, consumption) for link in links], size, weight, cap, (now, size))
+            flow = Flow([(link, consumption) for link in links], size, weight, cap, len(added))
             network.add(flow, now)
+            added.append(flow)
             alive.append(flow)
         elif kind == "capacity":
             network.set_capacity(rest[0], rest[1], now)
-        elif alive:
-            flow = alive[rest[0] % len(alive)]
+        elif added and (flow := added[rest[0] % len(added)]) in alive:
             if kind == "cap":
                 network.set_cap(flow, rest[1], now)
             else:
                 network.remove(flow, now)
                 alive.remove(flow)
-        network.solve(now)
-        inspect(network, alive, now)
+        settle()
     advance(np.inf)
+    return done
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,9 +179,8 @@ def test_rates_are_max_min_fair_after_every_event(history):
     def inspect(network, alive, now):
         arguments = problem(alive, network.capacity, history[1])
         rates = np.array([network.rate(flow) for flow in alive])
-        if alive:
-            assert check_rates(rates, *arguments) is None
-            assert rates == pytest.approx(max_min_rates(*arguments), rel=1e-9)
+        assert check_rates(rates, *arguments) is None
+        assert rates == pytest.approx(max_min_rates(*arguments), rel=1e-9)
 
     play(history, inspect)
 
@@ -184,3 +191,124 @@ def test_the_certificate_rejects_wrong_rates():
     assert "overloaded" in check_rates(np.array([1.0, 1.1]), *arguments)
     assert "bottleneck" in check_rates(np.array([0.5, 1.5]), *arguments)
     assert "cap" in check_rates(np.array([-1.0, 1.0]), *arguments)
+
+
+def random_history(seed, max_links=40, max_flows=200):
+    """Return a larger history than `histories` draws, with ties or without, on a star or not."""
+    rng = np.random.default_rng(seed)
+    n_links = int(max_links ** rng.random())
+    n_flows = int(max_flows ** rng.random())
+    has_ties, is_star = rng.random(2) < 0.5
+
+    def amount():
+        return float(rng.choice([0, 1, 2, 5]) if has_ties else 10 * rng.random())
+
+    def positive():
+        return float(rng.choice([0.5, 1, 2]) if has_ties else rng.uniform(0.2, 5))
+
+    def links():
+        if is_star and n_links > 2:
+            return [0, int(rng.integers(1, n_links))]
+        return rng.permutation(n_links)[: rng.integers(1, 7)].tolist()
+
+    steps = []
+    for _ in range(n_flows):
+        cap = np.inf if rng.random() < 0.5 else positive()
+        consumption = 1.0 if rng.random() < 0.7 else positive()
+        weight = 1.0 if rng.random() < 0.5 else positive()
+        wait = float(rng.exponential(0.1)) * (rng.random() < 0.7)
+        size = float(rng.uniform(0.01, 4))
+        steps.append((wait, ("add", links(), consumption, size, weight, cap)))
+        other = rng.random()
+        if other < 0.2:
+            steps.append((0.0, ("capacity", int(rng.integers(n_links)), amount())))
+        elif other < 0.3:
+            steps.append((0.01, ("cancel", int(rng.integers(100)))))
+        elif other < 0.4:
+            steps.append((0.0, ("cap", int(rng.integers(100)), positive())))
+    capacity = np.array([amount() for _ in range(n_links)])
+    return capacity, rng.random(n_links) < 0.1, steps
+
+
+def certify(seeds):
+    for seed in seeds:
+        history = random_history(seed)
+
+        def inspect(network, alive, now, unshared=history[1], seed=seed):
+            rates = np.array([network.rate(flow) for flow in alive])
+            found = check_rates(rates, *problem(alive, network.capacity, unshared))
+            assert found is None, (seed, now, found)
+
+        play(history, inspect)
+
+
+def test_rates_of_larger_networks_are_max_min_fair_after_every_event():
+    certify(range(40))
+
+
+@pytest.mark.slow
+def test_rates_of_two_thousand_networks_are_max_min_fair_after_every_event():
+    certify(range(1000, 3000))
+
+
+def full_resolve(history):
+    """Play a history with a full solve after every event; return [(completion, owner), …]."""
+    capacity, unshared, steps = history
+    capacity = capacity.copy()
+    added: list[Flow] = []
+    alive: list[Flow] = []
+    done = []
+    now = 0.0
+
+    def advance(until):
+        nonlocal now
+        while alive and now < until:
+            rate = max_min_rates(*problem(alive, capacity, unshared))
+            left = np.array([flow.bits for flow in alive])
+            eta = np.full(len(alive), np.inf)
+            np.divide(left, rate, out=eta, where=rate > 0)
+            step = min(eta.min(), until - now)
+            if step == np.inf:
+                return
+            now += step
+            for flow, moved, wait in zip(list(alive), rate * step, eta, strict=True):
+                flow.bits = max(flow.bits - moved, 0.0)
+                if wait <= step * (1 + 1e-12):
+                    alive.remove(flow)
+                    done.append((now, flow.owner))
+
+    for wait, (kind, *rest) in steps:
+        until = now + wait
+        advance(until)
+        now = until
+        if kind == "add":
+            links, consumption, size, weight, cap = rest
+            uses = [(link, consumption) for link in links]
+            added.append(Flow(uses, size, weight, cap, len(added)))
+            alive.append(added[-1])
+        elif kind == "capacity":
+            capacity[rest[0]] = rest[1]
+        elif added and (flow := added[rest[0] % len(added)]) in alive:
+            if kind == "cap":
+                flow.cap = rest[1]
+            else:
+                alive.remove(flow)
+    advance(np.inf)
+    return done
+
+
+def compare_with_full_resolve(seeds):
+    for seed in seeds:
+        history = random_history(seed, max_links=15, max_flows=60)
+        expected = {owner: time for time, owner in full_resolve(history)}
+        found = {owner: time for time, owner in play(history)}
+        assert found == pytest.approx(expected, rel=1e-9), seed
+
+
+def test_local_solving_in_virtual_time_equals_a_full_solve_at_every_event():
+    compare_with_full_resolve(range(40))
+
+
+@pytest.mark.slow
+def test_five_hundred_runs_equal_a_full_solve_at_every_event():
+    compare_with_full_resolve(range(1000, 1500))

@@ -20,6 +20,8 @@ from flwr.serverapp.strategy import (
     FedProx,
     QFedAvg,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsim.devices import OnOffAvailability
 from fedsim.errors import NetworkError, NoNodesError, PayloadError
@@ -468,3 +470,79 @@ def test_bytes_are_conserved():
     assert traffic.bytes_up == sum(t.bytes_up for t in up)
     assert traffic.messages_sent == len(trips) + len(up)
     assert traffic.messages_lost == sum(t.is_lost for t in trips)
+
+
+def test_bar_4_a_time_to_live_ends_the_wait_at_its_own_moment():
+    world = make_world(2, latency=[0.0, 1e5], speed=1e9)
+    sent = messages(world, range(2), ttl=10.0)
+    assert sources(world.grid.send_and_receive(sent)) == [0]
+    assert world.grid.now == 10.0
+    assert world.grid.is_lost(sent[1].metadata.message_id)
+    world = make_world(1, latency=30_000.0, speed=1e9)  # beyond Flower's default of 43,200 s
+    assert sources(world.grid.send_and_receive(messages(world, [0]))) == [0]
+
+
+def test_a_time_to_live_can_end_in_an_error_reply():
+    world = make_world(1, latency=50.0, loss_reply="error")
+    reply = world.grid.send_and_receive(messages(world, [0], ttl=10.0))[0]
+    assert reply.has_error()
+    assert reply.error.reason == "expired"
+    world.grid.advance(200)
+    assert world.grid.trips[0].outcome == "expired"
+
+
+@pytest.mark.parametrize("options", [{"executor": "client_app"}, {"accounting": "flower"}])
+def test_late_replies_are_forgotten_whatever_the_executor(options):
+    world = make_world(2, latency=[0.0, 5.0], speed=1e9, **options)
+    for _ in range(6):
+        world.grid.send_and_receive(messages(world, range(2)), timeout=1.0)
+    gc.collect()
+    assert not world.grid._flights
+    world.grid.advance(60)
+    assert not world.grid._given_up
+    assert not world.grid._uncomputed
+    assert {trip.outcome for trip in world.grid.trips} == {"ok"}
+
+
+def test_one_message_twice_in_a_push_is_refused():
+    world = make_world(2)
+    (message,) = messages(world, [0])
+    with pytest.raises(PayloadError, match="twice"):
+        world.grid.push_messages([message, message])
+
+
+def test_a_device_with_state_works_in_the_order_of_arrival():
+    """The small instruction overtakes the large one on the shared link."""
+    log = []
+    world = make_world(1, down=64e3, executor="client_app", app=echo_app(log))
+    (large,) = messages(world, [0], config={"server-round": 1})
+    (small,) = messages(world, [0], config={"server-round": 2})
+    small.content["arrays"] = ArrayRecord()
+    world.grid.send_and_receive([large, small])
+    assert [(server_round, n) for _, server_round, n in log] == [(2, 1), (1, 2)]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    loss=st.floats(0, 0.5),
+    latency=st.floats(0, 3),
+    rate=st.floats(1e3, 1e8),
+    server=st.floats(1e4, 1e9),
+)
+def test_nothing_arrives_before_it_can_and_no_byte_is_lost_sight_of(
+    seed, loss, latency, rate, server
+):
+    world = make_world(4, up=rate, down=rate, latency=latency, server=server, loss=loss, seed=seed)
+    world.grid.send_and_receive(messages(world, range(4)))
+    world.grid.send_and_receive(messages(world, range(4)))
+    traffic, least = world.grid.take_traffic(), 8 * MODEL_BYTES / min(rate, server) + latency
+    sent_up = 0
+    for trip in world.grid.trips:
+        if not math.isnan(trip.received):
+            assert trip.received - trip.pushed >= least * (1 - 1e-9)
+        if trip.outcome == "ok":
+            assert trip.finished - trip.computed >= least * (1 - 1e-9)
+        sent_up += trip.outcome in ("ok", "lost-up")
+    assert traffic.bytes_down == 8 * MODEL_BYTES
+    assert traffic.bytes_up == sent_up * MODEL_BYTES
+    assert traffic.messages_lost == sum(trip.is_lost for trip in world.grid.trips)

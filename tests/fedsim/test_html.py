@@ -276,3 +276,19 @@ def test_a_browser_draws_every_figure_without_complaint(tmp_path, case, whole):
                if (t, k) == ("div", "class") and v.startswith("chart")]  # fmt: skip
     assert len(re.findall(r'class="chart[^"]* js-plotly-plot"', done.stdout)) == len(figures)
     assert done.stdout.count('class="main-svg"') >= len(figures)
+
+
+def test_a_network_that_nobody_waits_for_is_said_to_be_so(tmp_path):
+    import fedsim
+    from fedsim.scenario import Scenario
+
+    mapping = {
+        "rounds": 2,
+        "data": {"devices": 4},
+        "devices": {"speed": {"kind": "constant", "value": "1 samples/s"}},
+        "record": {"transfers": True},
+        "strategies": {"slow": "fedavg"},
+    }
+    fedsim.run(Scenario.from_mapping(mapping), tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "the network is not on the critical path of slow" in page

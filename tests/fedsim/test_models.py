@@ -160,3 +160,28 @@ def test_resnet_shortcut_keeps_the_mean_signal():
     out = block(x)
     assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
     assert math.isclose(out[:, :8].abs().sum().item(), 0)
+
+
+class Tutorial(nn.Module):
+    """Takes nothing but what a scenario says."""
+
+    def __init__(self, hidden: int = 3, *, classes: int = 2) -> None:
+        super().__init__()
+        self.fc = nn.Linear(hidden, classes)
+
+
+def test_a_factory_gets_shape_and_classes_only_if_it_takes_them():
+    assert build_model(Tutorial, (8,), 4, seed=1).fc.weight.shape == (2, 3)
+    assert build_model(Tutorial, (8,), 4, seed=1, hidden=5).fc.weight.shape == (2, 5)
+    by_name = build_model(lambda *, n_classes: nn.Linear(3, n_classes), (8,), 4, seed=1)
+    assert by_name.weight.shape == (4, 3)
+    by_place = build_model(lambda shape, n, bias=True: nn.Linear(*shape, n, bias), (8,), 4, seed=1)
+    assert by_place.weight.shape == (4, 8)
+    given = build_model(lambda a, b: nn.Linear(a, b), (8,), 4, seed=1, a=6, b=7)
+    assert given.weight.shape == (7, 6)
+
+
+@pytest.mark.parametrize("factory", [lambda: "net", dict, lambda: nn.Linear("8", 2)])
+def test_a_factory_that_makes_no_module_is_an_error_at_model_kind(factory):
+    with pytest.raises(ScenarioError, match=r"^model\.kind: "):
+        build_model(factory, (8,), 4, seed=1)

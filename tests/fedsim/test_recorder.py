@@ -206,9 +206,9 @@ def test_summary_takes_the_first_time_at_the_target_and_the_last_evaluation():
 
 def test_divergence_names_the_round_and_the_device():
     run = [row(1, eval_loss=9.0, eval_accuracy=0.2), row(2, eval_loss=math.nan, eval_accuracy=0.1)]
-    entry = summarise(run, diverged=True, diverged_device=3)
+    entry = summarise(run, diverged=True, diverged_device=3, diverged_reason="too far")
     assert list(entry) == [*SUMMARY_KEYS, "diverged_at"]
-    assert entry["diverged_at"] == {"round": 2, "device": 3}
+    assert entry["diverged_at"] == {"round": 2, "device": 3, "reason": "too far"}
     assert (entry["final_loss"], entry["final_accuracy"]) == (None, 0.1)
 
 

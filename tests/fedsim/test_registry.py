@@ -164,8 +164,8 @@ def test_a_parameter_that_yaml_cannot_express_keeps_its_default():
     [
         ("strategy", "fedprxo", "there: 'fedprxo' is no strategy; did you mean 'fedprox'?"),
         ("strategy", {"kind": "FedAvg"}, "there.kind: 'FedAvg' is no strategy; did you mean 'fed"),
-        ("link", {"mean_up": 3}, "there.kind: is missing; one of: constant, on_off"),
-        ("link", {"kind": 3}, "there.kind: 3 should be text; one of: constant, on_off"),
+        ("link", {"mean_up": 3}, "there.kind: is missing; one of: constant, correlated"),
+        ("link", {"kind": 3}, "there.kind: 3 should be text; one of: constant, correlated"),
         ("link", 3, "there: 3 should be a name or a mapping with 'kind'"),
         ("model", "no_such_package:Net", "there: cannot import 'no_such_package:Net' (Module"),
         ("model", f"{HERE}:Nett", "has no 'Nett'"),

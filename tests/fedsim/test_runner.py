@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import FedAvg
 from safetensors.numpy import load_file
 
 import fedsim
@@ -141,6 +142,7 @@ def test_a_strategy_that_diverges_is_reported_and_the_others_finish(tmp_path):
     result = fedsim.run(tiny(strategies=strategies), tmp_path)
     assert result.strategies["wild"].summary["diverged"] is True
     assert result.strategies["wild"].summary["diverged_at"]["round"] == 1
+    assert "loss is" in result.strategies["wild"].summary["diverged_at"]["reason"]
     assert result.strategies["linear"].summary["diverged"] is False
     assert len(result.strategies["linear"].rounds) == 3
 
@@ -188,6 +190,59 @@ def test_an_existing_directory_is_refused_resumed_or_replaced(tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
+def test_an_earlier_run_that_cannot_be_moved_aside_stays_whole(tmp_path, monkeypatch):
+    def names():
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+
+    fedsim.run(tiny("rounds=1"), tmp_path)
+    before = names()
+    moved = []
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "linear" and ".replaced" in str(target):
+            raise PermissionError(13, "Permission denied")
+        moved.append(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(
+        Path, "iterdir", lambda path: (path / n for n in ("summary.json", "linear", "fedadam"))
+    )
+    with pytest.raises(ScenarioError, match=r"--out: cannot write .*: Permission denied"):
+        fedsim.run(tiny("rounds=2"), tmp_path, force=True)
+    assert names() == before
+    assert moved == ["summary.json", "summary.json"]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_an_earlier_run_that_cannot_be_deleted_is_out_of_the_way(tmp_path, monkeypatch, caplog):
+    fedsim.run(tiny("rounds=1"), tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    result = fedsim.run(tiny("rounds=2"), tmp_path, force=True)
+    assert [len(strategy.rounds) for strategy in result.strategies.values()] == [2, 2]
+    assert ".replaced-" in caplog.text
+
+
+@pytest.mark.usefixtures("no_report")
+def test_data_that_change_between_two_runs_are_read_again(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "own.npz"
+    found = []
+    for n in (40, 60):
+        x, y = rng.normal(size=(n, 3)).astype(np.float32), np.arange(n) % 2
+        np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+        data = {"dataset": {"kind": "npz", "path": str(path)}, "devices": 4}
+        result = fedsim.run(tiny("rounds=1", data=data), tmp_path / f"run-{n}")
+        found.append(sum(result.world["devices"]["samples"]))
+    assert found == [40, 60]
+
+
+@pytest.mark.usefixtures("no_report")
 def test_an_interrupted_run_resumes_to_the_same_result(tmp_path):
     fedsim.run(tiny(), tmp_path / "whole")
 
@@ -218,13 +273,29 @@ def test_nothing_is_written_when_a_strategy_cannot_be_built(tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_strategy_that_fails_does_not_take_the_others_along(tmp_path):
+def test_a_strategy_that_fails_does_not_take_the_others_along(tmp_path, monkeypatch):
     strategies = {"broken": {"kind": "tests.fedsim.test_session:Broken"}, "linear": "fedavg"}
-    with pytest.raises(runner.RunError, match="broken strategy"):
+    with pytest.raises(runner.RunError, match="broken strategy") as error:
         fedsim.run(tiny(strategies=strategies), tmp_path)
+    assert str(error.value).endswith("strategy'). Every other strategy is complete.")
     found = load_run(tmp_path)
     assert found.strategies["linear"].complete
     assert not found.strategies["broken"].complete
+    assert "broken strategy" in found.strategies["broken"].failure
+    assert "broken" not in json.loads((tmp_path / "summary.json").read_text())["strategies"]
+    kept = (tmp_path / "linear" / "rounds.jsonl").read_bytes()
+    monkeypatch.setattr("tests.fedsim.test_session.Broken.aggregate_train", FedAvg.aggregate_train)
+    again = fedsim.run(tiny(strategies=strategies), tmp_path, resume=True)
+    assert again.strategies["broken"].complete
+    assert again.strategies["broken"].failure is None
+    assert (tmp_path / "linear" / "rounds.jsonl").read_bytes() == kept
+
+
+def test_nothing_is_said_of_other_strategies_where_there_are_none():
+    strategies = {"broken": {"kind": "tests.fedsim.test_session:Broken"}}
+    with pytest.raises(runner.RunError) as error:
+        fedsim.run(tiny(strategies=strategies))
+    assert str(error.value).endswith("strategy').")
 
 
 def test_evaluation_on_devices_and_on_validation():

@@ -88,8 +88,8 @@ model: {kind: mlp, hidden: [64, 32]}
 training: {learning_rate: 1e-2, batch_size: 0, local_steps: 5, momentum: 0.9, nesterov: true,
   weight_decay: 1e-4, clip_norm: 10, drop_last: true}
 devices:
-  speed: {kind: class, speeds: {phone: 200 samples/s, hub: 2 ksamples/s},
-    shares: {phone: 0.75, hub: 0.25}}
+  speed: {kind: classes, classes: {phone: {share: 0.75, speed: 200 samples/s},
+    hub: {share: 0.25, speed: 2 ksamples/s, sigma: 0.3}}}
   availability: {kind: on_off, mean_on: 10 min, mean_off: 90 s}
 topology:
   kind: star
@@ -304,7 +304,18 @@ def test_wrong_overrides_are_named(said, override, expected):
         ("devices: {speed: {kind: constant, value: 500}}", "write for example '500 samples/s'"),
         ("links: {kind: on_off, mean_up: 60 s}", "links.mean_down: is missing"),
         ("sweep: {seed: [1, 2]}", "line 6: sweep: a file with a sweep is for 'fedsim sweep'"),
-        ("peers: {kind: ring}", "peers: unknown key"),
+        ("peers: {kind: rings}", "peers.kind: 'rings' is no topology; did you mean 'ring'?"),
+        ("peers: {kind: ring, redraw: true}", "peers.redraw: 'ring' is the same in every round"),
+        ("peers: {kind: star}", "peers.kind: 'star' links devices with other machines only"),
+        ("peers: {kind: ring, bandwidth: 5 Mbit/s}", "peers.bandwidth: 'bandwidth' is filled in"),
+        ("peers: {kind: ring, redraw: 1}", "peers.redraw: 1 should be a valid boolean"),
+        ("peers: {kind: erdos_renyi, density: 2}", "density = 2.0: must be between 0 and 1"),
+        (
+            "topology: {kind: bcube, n: 3, k: 2}",
+            "topology: bcube(n=3, k=2) has 9 devices, but data.devices is 4; write data.devices: 9",
+        ),
+        ("topology: {kind: ring, uplink: 5 Mbit/s}", "topology.uplink: only a star has it"),
+        ("topology: {kind: tree, fanouts: [2]}", "topology 'tree': devices = 4: (2,) holds 1 to 2"),
         ("compression: {kind: topk}", "compression: unknown key"),
         ("attacks: []", "attacks: unknown key"),
         ("model: my_nets:Net", "model: cannot import 'my_nets:Net' (ModuleNotFoundError"),
@@ -323,7 +334,7 @@ def test_wrong_keys_and_values_say_what_is_valid(said, line, expected):
         ("{kind: fedprxo}", "strategies.linear.kind: 'fedprxo' is no strategy; did you mean"),
         ("{kind: fedavg, fraction_trian: 1}", "fraction_trian: unknown key; did you mean 'fractio"),
         ("{kind: dp_server_fixed}", "strategies.linear.strategy: is missing, and has no default"),
-        ("{}", "strategies.linear.kind: is missing; one of: bulyan,"),
+        ("{}", "strategies.linear.kind: is missing; one of: ad_psgd,"),
         ("", "strategies.linear: null should be a name or a mapping with 'kind'"),
         (
             "{kind: fedavg, min_available_nodes: 5}",

@@ -88,11 +88,13 @@ def test_bar_5_no_full_collection_per_reply(strategy):
         if phase == "stop" and info["generation"] == 2:
             collected.append(len(gc.get_objects(2)))
 
+    gc.unfreeze()
     gc.callbacks.append(note)
     try:
         start(strategy, world.grid, world.initial(), rounds=50, seed=1)
     finally:
         gc.callbacks.remove(note)
+        gc.freeze()
     assert len(collected) <= 50 + 2
     assert max(collected[1:], default=0) < collected[0] / 10  # the first is ours, before the freeze
 

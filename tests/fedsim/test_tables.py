@@ -78,13 +78,20 @@ def test_notes_say_what_went_wrong_and_where():
         result("c", 0.5, complete=False),
         StrategyResult("d", summarise([]), [], complete=False),
         result("e", 0.9),
+        StrategyResult("f", summarise([]), [], complete=False, failure="no luck."),
+        result("g", 0.1, diverged=True, diverged_reason="the loss is 2e+03"),
     )
     assert tables.notes(run) == [
         "a diverged in round 1 on device 3: its loss or parameters are not finite.",
         "b diverged in round 1: its loss or parameters are not finite.",
         "c was interrupted after round 1 of 8.",
         "d has not been run.",
+        "f failed: no luck.",
+        "g diverged in round 1: the loss is 2e+03.",
     ]
+    assert [tables.state_of(result) for result in run.strategies.values()] == [
+        "diverged", "diverged", "interrupted", "not run", "done", "failed", "diverged",
+    ]  # fmt: skip
     assert all(line in printed(run) for line in tables.notes(run))
 
 
@@ -92,6 +99,14 @@ def test_names_with_markup_are_printed_as_they_are():
     text = printed(run_of(result("[bold]x[/bold]", 0.95), result("[/nope]", 0.9)))
     assert "[bold]x[/bold]" in text
     assert "[/nope]" in text
+
+
+def test_names_are_never_broken_and_the_state_is_always_there():
+    names = ["bidirectional-compression", "x" * 40]
+    run = run_of(*(result(name, 0.95, complete=False) for name in names))
+    for width in (100, 120):
+        lines = printed(run, width).splitlines()
+        assert all(any(name in line and "interrupted" in line for line in lines) for name in names)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])

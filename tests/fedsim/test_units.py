@@ -14,6 +14,7 @@ FLOAT_KINDS = [
     (units.parse_bandwidth, units.format_bandwidth),
     (units.parse_speed, units.format_speed),
     (units.parse_flop_rate, units.format_flop_rate),
+    (units.parse_energy, units.format_energy),
 ]
 
 
@@ -39,6 +40,9 @@ FLOAT_KINDS = [
         (units.parse_speed, "500 samples/s", 500.0),
         (units.parse_speed, "2 ksamples/s", 2000.0),
         (units.parse_flop_rate, "1 GFLOP/s", 1e9),
+        (units.parse_energy, "20 mJ", 0.02),
+        (units.parse_energy, "3 µJ", 3e-6),
+        (units.parse_energy, "1 Wh", 3600.0),
         (units.parse_time, 0, 0.0),
         (units.parse_size, "0", 0),
     ],
@@ -142,6 +146,8 @@ def test_pydantic_types_parse_and_show_units():
         (units.Duration, ["5 ms", "20 µs", "20 μs", "1e-3 s"], ["5", "5 sec"]),
         (units.Size, ["1 GiB", "10 B"], ["1 Gib"]),
         (units.Speed, ["500 samples/s"], ["500", "1 GFLOP/s"]),
+        (units.ComputeSpeed, ["500 samples/s"], ["500"]),
+        (units.Energy, ["20 mJ", "1 uJ", "0"], ["20", "1 MJ"]),
     ],
 )
 def test_json_schema_accepts_what_the_parser_accepts(quantity, good, bad):
@@ -150,3 +156,19 @@ def test_json_schema_accepts_what_the_parser_accepts(quantity, good, bad):
     pattern = schema["anyOf"][0]["pattern"]
     assert all(re.search(pattern, text) for text in good)
     assert not any(re.search(pattern, text) for text in bad)
+
+
+@pytest.mark.parametrize("text", ["500 samples/s", "1.5 GFLOP/s"])
+def test_a_computing_speed_keeps_its_unit(text):
+    rate = units.parse_compute_speed(text)
+    assert text.endswith(rate.unit[-6:])
+    assert units.format_compute_speed(rate) == text
+    adapter = TypeAdapter(units.ComputeSpeed)
+    assert adapter.validate_json(json.dumps(text)) == rate
+    assert adapter.dump_python(rate, mode="json") == text
+
+
+@pytest.mark.parametrize("text", ["0 samples/s", "0", "-1 samples/s", "5", "5 s", "0 FLOP/s"])
+def test_a_computing_speed_of_nothing_is_refused(text):
+    with pytest.raises(ValueError, match=r"above 0|negative|no unit|belongs to"):
+        units.parse_compute_speed(text)

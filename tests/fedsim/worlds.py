@@ -20,7 +20,7 @@ from fedsim.flower.session import Evaluation
 from fedsim.learning.config import LocalConfig
 from fedsim.learning.models import build_model, softmax
 from fedsim.learning.trainer import Trainer
-from fedsim.network import star_network
+from fedsim.network import graph_network, star_network
 
 LOCAL = LocalConfig(local_epochs=2, batch_size=16, learning_rate=0.3)
 
@@ -69,33 +69,40 @@ def make_world(
     seed=1,
     link_model=None,
     timetable=None,
+    on_leave="pause",
     executor="vectorised",
     app=None,
     chunk=None,
     local=LOCAL,
     network_options=None,
+    graph=None,
     **grid_options,
 ) -> World:
-    """Connect a grid; quantities are scalars or one value per device (bit/s, s, samples/s)."""
+    """Connect a grid; quantities are scalars or one value per device (bit/s, s, samples/s).
+
+    With `graph` its links carry the messages instead of a star.
+    """
 
     def each(value):
         return np.broadcast_to(np.asarray(value, float), n_devices).copy()
 
     trainer = digits_trainer(n_devices, chunk)
     env = simpy.Environment()
-    fleet = DeviceFleet(each(1e3 if speed is None else speed), timetable)
-    network = star_network(
-        env,
-        uplink_bps=each(up),
-        downlink_bps=each(down),
-        latency=each(latency),
-        server_up_bps=server,
-        server_down_bps=server,
-        link_model=link_model,
-        seed=seed,
-        message_loss=loss,
-        **(network_options or {}),
-    )
+    fleet = DeviceFleet(each(1e3 if speed is None else speed), timetable, on_leave=on_leave)
+    options = {"link_model": link_model, "seed": seed, "message_loss": loss}
+    options |= network_options or {}
+    if graph is not None:
+        network = graph_network(env, graph, **options)
+    else:
+        network = star_network(
+            env,
+            uplink_bps=each(up),
+            downlink_bps=each(down),
+            latency=each(latency),
+            server_up_bps=server,
+            server_down_bps=server,
+            **options,
+        )
     plan = WorkPlan(local, trainer.data.size)
     if executor == "vectorised":
         made = VectorisedExecutor(trainer, plan, node_base=NODE_BASE)

@@ -1,4 +1,3 @@
-import gc
 import logging
 
 import numpy as np
@@ -19,10 +18,7 @@ def _identity():
 
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    gc.collect()
-    gc.freeze()  # Flower's own QFedAvg and Bulyan collect once per reply
     yield
-    gc.unfreeze()
     TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
 
 

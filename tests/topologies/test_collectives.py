@@ -53,7 +53,7 @@ def sums_exactly(schedule, elements, rng):
     return (execute(schedule, values) == values.sum(axis=0)).all()
 
 
-@pytest.mark.parametrize(("n", "k"), BML)
+@pytest.mark.parametrize(("n", "k"), [*BML[:-1], pytest.param(*BML[-1], marks=pytest.mark.slow)])
 def test_bar_1_bml_adds_every_contribution_once(n, k):
     check(tp.collectives.bml(n, k))
 

@@ -1,0 +1,122 @@
+"""Bits of messages: Elias-omega numbers, joined without a loop over numbers, and read back."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["BitReader", "field_bits", "join_bits", "omega_codes", "omega_lengths"]
+
+IntArray = NDArray[np.int64]
+
+
+def omega_codes(numbers: IntArray) -> tuple[NDArray[np.uint64], IntArray]:
+    """Return the Elias-omega code of each number, as an integer, and its length in bits.
+
+    A number is preceded by its length less one, that by its own, and so on; a zero ends the code.
+
+    Parameters
+    ----------
+    numbers : ndarray of int64
+        From 1 to 2**31.
+
+    References
+    ----------
+    .. [1] Elias, "Universal codeword sets and representations of the integers", IEEE Trans. Inf.
+       Theory 21(2), 1975.
+
+    Examples
+    --------
+    >>> codes, lengths = omega_codes(np.array([1, 2, 4, 100]))
+    >>> [format(int(c), f"0{n}b") for c, n in zip(codes, lengths)]
+    ['0', '100', '101000', '1011011001000']
+    """
+    left = np.array(numbers, np.int64)
+    codes = np.zeros(len(left), np.uint64)
+    lengths = np.ones(len(left), np.int64)
+    while len(todo := np.flatnonzero(left > 1)):
+        bits = np.frexp(left[todo].astype(np.float64))[1].astype(np.int64)
+        codes[todo] |= left[todo].astype(np.uint64) << lengths[todo].astype(np.uint64)
+        lengths[todo] += bits
+        left[todo] = bits - 1
+    return codes, lengths
+
+
+_TABLE = torch.from_numpy(omega_codes(np.maximum(np.arange(4096), 1))[1])
+
+
+def omega_lengths(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the length in bits of the Elias-omega code of each number.
+
+    Parameters
+    ----------
+    numbers : Tensor of int64
+        From 1 to 2**31.
+    """
+    table = _TABLE.to(numbers.device)
+    lengths = table[numbers.clamp(max=len(table) - 1)]
+    if numbers.numel() and (large := numbers >= len(table)).any():
+        bits = torch.frexp(numbers[large].double())[1].long()
+        lengths[large] = table[bits - 1] + bits
+    return lengths
+
+
+def join_bits(codes: NDArray[np.uint64], lengths: IntArray) -> bytes:
+    """Return codes one after another, most significant bit first, padded with zeros at the end."""
+    total = int(lengths.sum())
+    within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    shift = np.repeat(lengths, lengths) - 1 - within
+    bits = (np.repeat(codes, lengths) >> shift.astype(np.uint64)) & np.uint64(1)
+    return np.packbits(bits.astype(np.uint8)).tobytes()
+
+
+def field_bits(data: bytes, width: int, count: int) -> IntArray:
+    """Return the first `count` unsigned numbers of `width` bits each."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=width * count)
+    powers = 1 << np.arange(width - 1, -1, -1, dtype=np.int64)
+    return np.asarray(bits.reshape(count, width) @ powers, np.int64)
+
+
+class BitReader:
+    """Reads bits and Elias-omega numbers one after another.
+
+    Parameters
+    ----------
+    data : bytes
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._bits = np.unpackbits(np.frombuffer(data, np.uint8)).tobytes()
+        self._at = 0
+
+    def bit(self) -> int:
+        """Read one bit.
+
+        Raises
+        ------
+        ValueError
+            If there is none left.
+        """
+        if self._at >= len(self._bits):
+            raise ValueError(f"a message of {len(self._bits) // 8} bytes ends too early")
+        self._at += 1
+        return self._bits[self._at - 1]
+
+    def number(self, width: int) -> int:
+        """Read an unsigned number of `width` bits."""
+        value = 0
+        for _ in range(width):
+            value = 2 * value + self.bit()
+        return value
+
+    def omega(self) -> int:
+        """Read an Elias-omega number."""
+        value = 1
+        while self.bit():
+            rest = self.number(value)
+            value = (1 << value) | rest
+        return value
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes read from, the last one counted in full."""
+        return -(-self._at // 8)
