@@ -9,16 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from strategies.peers import (
-    Arrivals,
-    PeerStrategy,
-    State,
-    laplacian,
-    matrix,
-    mix,
-    pair_weights,
-    row_bytes,
-)
+from strategies.arrivals import Arrivals, laplacian, matrix, mix, pair_weights
+from strategies.peers import PeerStrategy, State, row_bytes
 
 __all__ = ["ADOM", "Mudag", "chebyshev_momentum", "fast_mix"]
 

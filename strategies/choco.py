@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.peers import Arrivals, PeerStrategy, State, matrix, pair_weights, row_bytes
+from strategies.arrivals import Arrivals, matrix, pair_weights
+from strategies.peers import PeerStrategy, State, row_bytes
 
 __all__ = ["ChocoSGD", "top_k", "top_k_bytes"]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
-__all__ = ["RowArray", "mean_of", "record_of", "row_records", "stack_of"]
+__all__ = ["RowArray", "mean_metrics", "mean_of", "record_of", "row_records", "stack_of"]
 
 
 class RowArray(Array):
@@ -129,6 +129,28 @@ def mean_of(replies: Sequence[Message], weights: torch.Tensor) -> dict[str, torc
         if mean is None:
             mean = _product(weights, stack_of(replies)[key])
         means[key] = mean
+    return means
+
+
+def mean_metrics(replies: Sequence[Message]) -> MetricRecord:
+    """Return the mean of every metric of the replies, weighted by ``num-examples``.
+
+    What Flower's own strategies report, in one product a metric instead of a loop.
+
+    Raises
+    ------
+    KeyError
+        If a reply lacks ``num-examples``, or a metric that the first one has.
+    """
+    records = [
+        next(r for r in reply.content.values() if isinstance(r, MetricRecord)) for reply in replies
+    ]
+    weights = np.array([record["num-examples"] for record in records], np.float64)
+    means = MetricRecord()
+    for key in records[0]:
+        if key != "num-examples":
+            values = np.array([record[key] for record in records], np.float64)
+            means[key] = (weights @ values / weights.sum()).tolist()
     return means
 
 

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from strategies.peers import Arrivals, PeerStrategy, State, mix, pair_weights, row_weights
+from strategies.arrivals import Arrivals, mix, pair_weights, row_weights
+from strategies.peers import PeerStrategy, State
 
 __all__ = ["DPSGD"]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.arrivals import Arrivals, row_weights
 from strategies.degrees import (
     Adaptation,
     Parameters,
@@ -32,7 +33,7 @@ from strategies.mirror import (
     weighted_power_mean,
     weighted_power_mean_and_slope,
 )
-from strategies.peers import Arrivals, PeerStrategy, State, row_weights
+from strategies.peers import PeerStrategy, State
 
 __all__ = ["HyperPrism", "part_columns"]
 

@@ -14,8 +14,9 @@ from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from flwr.supercore import log
 from torch import Tensor
 
+from strategies.arrivals import Arrivals, mix, pair_weights, rows_in
 from strategies.common import row_records
-from strategies.peers import Arrivals, PeerStrategy, State, mix, pair_weights, rows_in
+from strategies.peers import PeerStrategy, State
 from topologies.attributes import DiGraph, Graph
 from topologies.dynamics import random_matching
 

@@ -23,147 +23,28 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, sample_nodes
+from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from flwr.supercore import log
-from numpy.typing import NDArray
 from torch import Tensor
 
-from strategies.common import row_records, stack_of
-from topologies.attributes import DiGraph, Graph
-from topologies.mixing import metropolis, push_sum
+from strategies.arrivals import Arrivals, rows_in
+from strategies.common import mean_metrics, row_records, stack_of
+from topologies.attributes import Graph
 
-__all__ = [
-    "Arrivals",
-    "PeerGraph",
-    "PeerStrategy",
-    "State",
-    "laplacian",
-    "matrix",
-    "mix",
-    "pair_weights",
-    "push_weights",
-    "row_bytes",
-    "row_weights",
-    "rows_in",
-]
+__all__ = ["PeerGraph", "PeerStrategy", "State", "row_bytes"]
 
-BoolArray = NDArray[np.bool_]
-FloatArray = NDArray[np.float64]
 State = dict[str, Tensor]
 """Everything a method remembers: each tensor ``(n_devices, ...)``, row i is device i's."""
 PeerGraph = Graph | Callable[[int], Graph]
 """A graph on the devices 0..n-1, or a function of the round (0, 1, ...)."""
 
 
-# --- who got what ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Arrivals:
-    """What the devices of a round sent each other.
-
-    Attributes
-    ----------
-    linked : ndarray of bool, shape (n, n)
-        Entry (i, j): j sent to i. Its links at that moment give the degrees.
-    received : ndarray of bool, shape (n, n)
-        Entry (i, j): and it arrived.
-    """
-
-    linked: BoolArray
-    received: BoolArray
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all that was sent arrived."""
-        return bool((self.linked == self.received).all())
-
-
-def _edges(adjacency: BoolArray) -> list[tuple[int, int]]:
-    sources, targets = np.nonzero(adjacency)
-    return list(zip(sources.tolist(), targets.tolist(), strict=True))
-
-
-def _undirected(adjacency: BoolArray) -> Graph:
-    graph: Graph = nx.Graph()
-    graph.add_nodes_from(range(len(adjacency)))
-    graph.add_edges_from(_edges(np.triu(adjacency | adjacency.T, 1)))
-    return graph
-
-
-def _keeping(weights: FloatArray, received: BoolArray) -> FloatArray:
-    """Return the weights of what arrived; the rest of each row goes to its own device."""
-    kept = np.where(received, weights, 0.0)
-    np.fill_diagonal(kept, 1.0 - kept.sum(axis=1))
-    return kept
-
-
-def row_weights(arrivals: Arrivals) -> FloatArray:
-    """Return Metropolis weights; what did not arrive counts for the receiver's own model.
-
-    Returns
-    -------
-    ndarray, shape (n, n)
-        Rows sum to 1. Symmetric if nothing was lost on one way only.
-    """
-    return _keeping(metropolis(_undirected(arrivals.linked)), arrivals.received)
-
-
-def pair_weights(arrivals: Arrivals) -> FloatArray:
-    """Return Metropolis weights of the pairs in which both directions arrived: doubly stochastic.
-
-    Devices must tell each other what arrived, which costs no more than an acknowledgement.
-    """
-    both = arrivals.received & arrivals.received.T
-    return _keeping(metropolis(_undirected(arrivals.linked)), both)
-
-
-def push_weights(arrivals: Arrivals) -> FloatArray:
-    """Return weights 1 / (out-degree + 1) of the sender, who keeps what did not arrive.
-
-    Returns
-    -------
-    ndarray, shape (n, n)
-        Columns sum to 1 whatever is lost: mass is kept.
-    """
-    graph: DiGraph = nx.DiGraph()
-    graph.add_nodes_from(range(len(arrivals.linked)))
-    graph.add_edges_from(_edges(arrivals.linked.T))
-    weights = np.where(arrivals.received, push_sum(graph), 0.0)
-    np.fill_diagonal(weights, 1.0 - weights.sum(axis=0))
-    return weights
-
-
-def laplacian(arrivals: Arrivals) -> FloatArray:
-    """Return the graph Laplacian of the pairs in which both directions arrived."""
-    both = (arrivals.received & arrivals.received.T).astype(np.float64)
-    return np.diag(both.sum(axis=1)) - both
-
-
-def mix(weights: FloatArray, rows: Tensor) -> Tensor:
-    """Return ``weights @ rows`` for weights whose rows sum to 1.
-
-    Where all rows are equal they come back unchanged, to the bit.
-
-    Parameters
-    ----------
-    weights : ndarray, shape (n, n)
-    rows : Tensor, shape (n, p)
-    """
-    return torch.where((rows == rows[:1]).all(0), rows[:1], matrix(weights, rows) @ rows)
-
-
-def matrix(weights: FloatArray, like: Tensor) -> Tensor:
-    """Return the weights as a tensor of the type and on the device of `like`."""
-    return torch.from_numpy(weights).to(like.device, like.dtype)
+# --- models as rows -------------------------------------------------------------------------------
 
 
 def row_bytes(rows: Tensor) -> int:
     """Return the bytes of one row."""
     return rows[0].numel() * rows.element_size()
-
-
-# --- models as rows -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,13 +290,15 @@ class PeerStrategy(Strategy):
         rows = self.participants([self.nodes.index(node) for node in sorted(online)])
         records = row_records(self._stacks(self.query(self.state)), rows)
         asked = self._config(config, server_round)
+        shared = self._exchange(None)
+        exchanges = [shared if self._graph is None else self._exchange(row) for row in rows]
         return [
             Message(
-                RecordDict({"arrays": record, "config": asked, "exchange": self._exchange(row)}),
+                RecordDict({"arrays": record, "config": asked, "exchange": exchange}),
                 dst_node_id=self.nodes[row],
                 message_type="train",
             )
-            for row, record in zip(rows, records, strict=True)
+            for row, record, exchange in zip(rows, records, exchanges, strict=True)
         ]
 
     def _read_rate(self, config: ConfigRecord) -> None:
@@ -436,12 +319,12 @@ class PeerStrategy(Strategy):
             asked["local-steps"] = self.local_steps
         return asked
 
-    def _exchange(self, row: int) -> ConfigRecord:
+    def _exchange(self, row: int | None) -> ConfigRecord:
         record = ConfigRecord({"kind": "neighbours", "when": self.when, **self.exchange()})
         size = self.payload_bytes(self.state)
         if size is not None:
             record["payload_bytes"] = size
-        if self._graph is not None:
+        if self._graph is not None and row is not None:
             record["peers"] = [self.nodes[peer] for peer in sorted(self._graph.adj[row])]
         return record
 
@@ -499,8 +382,8 @@ class PeerStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the devices' metrics, weighted by their examples."""
-        contents = [message.content for message in self._valid(replies)]
-        return aggregate_metricrecords(contents, "num-examples") if contents else None
+        valid = self._valid(replies)
+        return mean_metrics(valid) if valid else None
 
     # --- rows and records ---------------------------------------------------------------------
 
@@ -601,7 +484,7 @@ class PeerStrategy(Strategy):
         return arrays
 
     def _metrics(self, valid: Sequence[Message]) -> MetricRecord:
-        metrics = aggregate_metricrecords([m.content for m in valid], "num-examples")
+        metrics = mean_metrics(valid)
         models = self.models(self.state)
         mean = models.mean(0)
         distance = float((models - mean).square().sum(1, dtype=torch.float64).mean())
@@ -611,14 +494,6 @@ class PeerStrategy(Strategy):
         for key, value in self.metrics(self.state).items():
             metrics[key] = value
         return metrics
-
-
-def rows_in(delivery: ConfigRecord, key: str, nodes: Sequence[int]) -> list[int]:
-    """Return the rows of the nodes that a record ``delivery`` lists under `key`."""
-    listed = delivery.get(key, [])
-    if not isinstance(listed, list):
-        raise ValueError(f"delivery.{key} = {listed!r}: must be a list of node ids")
-    return [row for row, node in enumerate(nodes) if node in set(listed)]
 
 
 def _check_nodes(graph: Graph, n_devices: int) -> None:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from strategies.peers import Arrivals, PeerStrategy, State, matrix, push_weights, row_bytes
+from strategies.arrivals import Arrivals, matrix, push_weights
+from strategies.peers import PeerStrategy, State, row_bytes
 from topologies.attributes import Graph
 from topologies.dynamics import one_peer_exponential
 

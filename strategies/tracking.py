@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from strategies.peers import Arrivals, PeerStrategy, State, mix, pair_weights, row_bytes
+from strategies.arrivals import Arrivals, mix, pair_weights
+from strategies.peers import PeerStrategy, State, row_bytes
 
 __all__ = ["D2", "DSGT", "EXTRA"]
 

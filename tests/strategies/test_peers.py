@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.accelerated import ADOM, Mudag
+from strategies.arrivals import Arrivals, mix, pair_weights, push_weights, row_weights
 from strategies.choco import ChocoSGD
 from strategies.common import RowArray, row_records, stack_of
 from strategies.gossip import DPSGD
 from strategies.hyperprism import HyperPrism
 from strategies.pairwise import ADPSGD, SwarmSGD
-from strategies.peers import Arrivals, mix, pair_weights, push_weights, row_weights
 from strategies.push_sum import SGP, PushDIGing
 from strategies.tracking import D2, DSGT, EXTRA
 from tests.plain_grid import PlainGrid, flower_identity
