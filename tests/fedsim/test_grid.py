@@ -562,7 +562,11 @@ def test_late_messages_can_be_taken_off_the_network():
     world.grid.advance(60)
     outcomes = [trip.outcome for trip in world.grid.trips]
     assert outcomes == ["ok", "cancelled-down", "cancelled", "cancelled-up"]
-    assert [trip.finished for trip in world.grid.trips[1:]] == [1.0, pytest.approx(5.0, abs=1e-3), 1.0]
+    assert [trip.finished for trip in world.grid.trips[1:]] == [
+        1.0,
+        pytest.approx(5.0, abs=1e-3),
+        1.0,
+    ]
     traffic = world.grid.take_traffic()
     assert traffic.messages_sent == 6
     assert traffic.messages_lost == 2
