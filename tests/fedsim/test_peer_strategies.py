@@ -1,6 +1,7 @@
 """Peer strategies on the network grid: the same as in a plain app, and safe on links that fail."""
 
 import logging
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -21,7 +22,9 @@ from fedsim.flower.session import start
 from fedsim.learning.config import LocalConfig
 from fedsim.learning.models import build_model, quadratic
 from fedsim.learning.trainer import Trainer
-from fedsim.network import build
+from fedsim.network import graph_network
+from fedsim.runner import build, run
+from fedsim.scenario import load_scenario
 from strategies.accelerated import ADOM, Mudag
 from strategies.choco import ChocoSGD
 from strategies.gossip import DPSGD
@@ -34,8 +37,6 @@ from tests.plain_grid import PlainGrid, flower_identity
 from tests.strategies.peer_worlds import after
 from tests.strategies.test_gossip import CASES
 from topologies.generators import complete, ring
-
-pytest.importorskip("fedsim.network.neighbours", reason="the grid has no exchange of neighbours")
 
 N = 8
 STEP = LocalConfig(local_steps=1, batch_size=0, learning_rate=0.3)
@@ -79,7 +80,7 @@ def q8_world():
     env = simpy.Environment()
     grid = NetworkGrid(
         env,
-        build.graph_network(env, complete(N)),
+        graph_network(env, complete(N)),
         DeviceFleet(np.full(N, 1e3), None),
         VectorisedExecutor(trainer, plan, node_base=NODE_BASE),
         plan,
@@ -161,3 +162,37 @@ def test_devices_that_do_not_wait_are_not_held_up_by_a_slow_one():
         assert rows[-1].eval_loss < 2.2
         times.append(world.grid.now)
     assert times[0] < 0.4 * times[1]
+
+
+def test_every_peer_strategy_runs_from_a_scenario(tmp_path):
+    kinds = ["ad_psgd", "adom", "choco_sgd", "d2", "dsgt", "extra", "gossip", "hyperprism"]
+    kinds += ["mudag", "push_diging", "sgp", "swarm_sgd"]
+    path = tmp_path / "all.yaml"
+    path.write_text(
+        "{name: all, rounds: 2, data: {dataset: digits, devices: 6}, "
+        "training: {learning_rate: 0.05, local_steps: 1}, "
+        "topology: {kind: ring, bandwidth: 1 Mbit/s, latency: 5 ms}, "
+        f"strategies: {{{', '.join(f'{kind}: {{kind: {kind}}}' for kind in kinds)}}}}}"
+    )
+    result = run(load_scenario(path))
+    for kind in kinds:
+        summary = result.strategies[kind].summary
+        assert summary["rounds"] == 2
+        assert summary["bytes_total"] > 0
+        assert summary["final_loss"] < 2.6
+
+
+@pytest.mark.slow
+def test_the_quickstart_shows_the_early_gain():
+    """Rounds to 0.85, mean of three seeds: p = 5 needs at most 0.6 of tuned linear averaging."""
+    path = Path(__file__).parents[2] / "scenarios/hyperprism_quickstart.yaml"
+    needed = {}
+    for name, rate in (("p5", 10), ("linear", 3), ("linear", 100)):
+        found = []
+        for seed in (1, 2, 3):
+            overrides = [f"seed={seed}", f"strategies.{name}.learning_rate={rate}", "rounds=40"]
+            rows = []
+            build(load_scenario(path, overrides), name).run(rows.append)
+            found.append(next(row.round for row in rows if row.eval_accuracy >= 0.85))
+        needed[name, rate] = np.mean(found)
+    assert needed["p5", 10] <= 0.6 * min(needed["linear", 3], needed["linear", 100])
