@@ -567,3 +567,8 @@ def test_every_key_is_explained_in_the_documentation():
     assert [key for key in sorted(keys) if f"| `{key}` |" not in text] == []
     names = {name for kind in registry.TABLES for name in registry.TABLES[kind]}
     assert [n for n in sorted(names - set(registry.TABLES["strategy"])) if n not in text] == []
+
+
+def test_devices_evaluate_in_every_round(said):
+    text = SMALL + "evaluation: {on: devices, every: 2}\n"
+    assert "evaluation.every: 2 needs evaluation on common samples" in said(text)
