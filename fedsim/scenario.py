@@ -711,6 +711,12 @@ def _without_tags(path: Place, data: Any) -> Place:
 
 def _clashes(world: Scenario) -> Iterator[Problem]:
     """Yield combinations of sections that make no sense together."""
+    if world.evaluation.on == "devices" and world.evaluation.every != 1:
+        yield Problem(
+            ("evaluation", "every"),
+            f"{world.evaluation.every} needs evaluation on common samples; with 'on: devices' "
+            "Flower evaluates in every round",
+        )
     if world.evaluation.on == "validation" and world.data.validation_fraction == 0:
         yield Problem(
             ("evaluation", "on"),
