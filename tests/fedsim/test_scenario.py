@@ -102,7 +102,7 @@ links: {kind: on_off, mean_up: 60 s, mean_down: 20 s}
 network: {message_loss: 0.05, loss_reply: error, link_down: fail, header_bytes: 40,
   accounting: flower}
 round_timeout: 2 min
-evaluation: {every: 2, on: devices, cost: free, target: 0.8}
+evaluation: {every: 1, on: devices, cost: free, target: 0.8}
 executor: {kind: vectorised, chunk: 8}
 record: {transfers: true}
 strategies:
