@@ -144,8 +144,7 @@ def serve(
     server = network.server
 
     def end(outcome: str) -> None:
-        trip.outcome = outcome
-        trip.finished = env.now
+        trip.outcome, trip.finished, trip.transfer = outcome, env.now, None
         done(trip)
 
     def is_delivered(event: simpy.Event, way: str) -> bool:
