@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from sample_run import write_sample
+from test_verify import CASE
 from typer.testing import CliRunner
 
 import fedsim
@@ -461,8 +462,11 @@ def test_studies_and_scenarios_are_not_mixed_up(fedsim_):
     assert "no pair of topology and collective makes sense" in result.output
 
 
-def test_the_reference_cases_agree(fedsim_, tmp_path):
-    result = fedsim_("verify")
+def test_verify_prints_each_family_and_fails_with_one_that_misses(fedsim_, tmp_path):
+    (tmp_path / "case.json").write_text(json.dumps(CASE))
+    result = fedsim_("verify", "--cases", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "parking" in result.stdout
+    assert "network" in result.stdout
+    (tmp_path / "case.json").write_text(json.dumps(CASE | {"finish_s": {"f": 2.6}}))
+    assert fedsim_("verify", "--cases", tmp_path).exit_code == 1
     assert fedsim_("verify", "--cases", tmp_path / "none").exit_code == 2
