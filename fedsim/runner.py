@@ -515,7 +515,7 @@ def _build_executor(
             ", ".join(scenario.strategies),
         )
     if app is None:
-        app = device_app(trainer, plan, [*mods, *(half.as_mod() for half in halves)])
+        app = device_app(trainer, plan, mods, halves)
     else:
         check_app(app)
     defaults = {**training_config(_local_config(scenario)), "num-server-rounds": scenario.rounds}

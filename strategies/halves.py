@@ -12,17 +12,34 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["DeviceHalf", "Draws", "KeyedDraws", "Payload", "as_mod", "merged_config"]
+__all__ = [
+    "DeviceHalf",
+    "DeviceWork",
+    "Draws",
+    "KeyedDraws",
+    "LocalTerms",
+    "Payload",
+    "as_mod",
+    "merged_config",
+]
 
 Tensors = dict[str, Tensor]
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -104,6 +121,37 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @dataclass(frozen=True)
+class LocalTerms:
+    """What a half adds to the local objective of its devices.
+
+    In a step, after the weight decay: the proximal pull, then the control variate, then clipping
+    and the optimiser. In gradient mode no step is made, and only the extra loss counts.
+
+    Parameters
+    ----------
+    control : dict of Tensor, shape (n, *shape), optional
+        Added to the gradients of every step, by the names of the model's parameters; a name left
+        out adds nothing. SCAFFOLD's c - c_i, FedDyn's -h_i.
+    proximal_mu : float, optional
+        Strength μ of the pull μ (w - center); default: the config's ``proximal-mu``.
+    center : dict of Tensor, shape (n, *shape), optional
+        Where to; default: the model received.
+    extra_loss : callable, optional
+        ``(outputs (b, ...), x (b, ...), y (b, ...), rows) -> Tensor (b,)`` of one device, added to
+        the loss of each sample. It treats samples one by one (a batch may be padded) and is made
+        of differentiable torch operations without branches on values.
+    rows : dict of Tensor, shape (n, ...)
+        What `extra_loss` is given of its device, without the leading axis.
+    """
+
+    control: Tensors | None = None
+    proximal_mu: float | None = None
+    center: Tensors | None = None
+    extra_loss: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor] | None = None
+    rows: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DeviceHalf:
     """What a device does around its local work; subclasses override what they need.
 
@@ -132,6 +180,10 @@ class DeviceHalf:
         """Return the half as a Flower client mod; see `as_mod`."""
         return as_mod(self)
 
+    def work(self, message: Message, context: Context) -> "DeviceWork":
+        """Return what a training loop of one's own needs of the half; see `DeviceWork`."""
+        return DeviceWork(self, message, context)
+
     def unpack(self, contents: Sequence[RecordDict]) -> Tensors:
         """Return the arrays of instructions, one tensor ``(n, *shape)`` per key."""
         records = [next(iter(content.array_records.values())) for content in contents]
@@ -143,14 +195,22 @@ class DeviceHalf:
         """Return the model to work on, and the new state."""
         return arrays, state
 
-    def local(self, state: Tensors, config: Mapping[str, Any]) -> Any:
-        """Return what is added to the local objective, None for nothing."""
+    def local(self, state: Tensors, config: Mapping[str, Any]) -> LocalTerms | None:
+        """Return what is added to the local objective, None for nothing.
+
+        `state` is what `receive` returned.
+        """
         return None
 
     def reply(
         self, work: Tensors, state: Tensors, config: Mapping[str, Any], draws: Draws
     ) -> tuple[Mapping[str, Tensor | Payload], Tensors]:
-        """Return what is sent back instead of the work, and the new state."""
+        """Return what is sent back instead of the work, and the new state.
+
+        A half with a `local` part finds two more entries in `config`: ``steps-made`` (Tensor of
+        int64, shape (n,)), how many local steps each device made, and ``rate-used`` (Tensor of
+        float64, shape (n,)), at which learning rate.
+        """
         return work, state
 
 
@@ -174,6 +234,130 @@ def merged_config(content: RecordDict) -> dict[str, Any]:
     return merged
 
 
+class DeviceWork:
+    """One instruction's way through a half, around a training loop of one's own.
+
+    ::
+
+        @app.train()
+        def train(message, context):
+            work = half.work(message, context)
+            model.load_state_dict(work.arrays)
+            ...
+                loss = (criterion(outputs, y) + work.extra_loss(outputs, x, y)).mean()
+                loss.backward()
+                work.add_to_gradients(model)
+                optimizer.step()
+            return work.reply(model.state_dict(), metrics, steps=n_steps)
+
+    Parameters
+    ----------
+    half : DeviceHalf
+        Its state is kept in ``context.state`` under the half's name.
+    message : Message
+        The train instruction.
+    context : Context
+
+    Attributes
+    ----------
+    arrays : dict of Tensor, shape (*shape)
+        The model to work on.
+    config : dict
+        The instruction's.
+    terms : LocalTerms or None
+        What is added to the local objective, one row.
+    content : RecordDict
+        The instruction with `arrays` instead of what was sent.
+    """
+
+    def __init__(self, half: DeviceHalf, message: Message, context: Context) -> None:
+        self.config = merged_config(message.content)
+        device = int(context.node_config.get("partition-id", context.node_id))
+        self._draws = half.draws(int(self.config.get("server-round", 0)), device)
+        saved = context.state.array_records.get(half.name, ArrayRecord())
+        state = {key: torch.from_numpy(array.numpy())[None] for key, array in saved.items()}
+        received = half.unpack([message.content])
+        params, self._state = half.receive(received, state, self.config, self._draws)
+        self.terms = half.local(self._state, self.config)
+        self.arrays = {key: value[0] for key, value in params.items()}
+        self.content = _replaced(message.content, "arrays", _record(params))
+        self._half, self._message, self._context = half, message, context
+
+    def extra_loss(self, outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the half adds to the loss of each sample, shape (b,)."""
+        if self.terms is None or self.terms.extra_loss is None:
+            return outputs.new_zeros(len(outputs))
+        rows = {key: value[0].to(outputs.device) for key, value in self.terms.rows.items()}
+        return self.terms.extra_loss(outputs, x, y, rows)
+
+    @torch.no_grad()
+    def add_to_gradients(self, module: nn.Module) -> None:
+        """Add the proximal pull and the control variate to the gradients of a module."""
+        terms = self.terms or LocalTerms()
+        mu = terms.proximal_mu
+        mu = float(self.config.get("proximal-mu", 0.0)) if mu is None else mu
+        for name, parameter in module.named_parameters():
+            if parameter.grad is None:
+                continue
+            if mu:
+                center = self.arrays[name] if terms.center is None else terms.center[name][0]
+                parameter.grad += mu * (parameter - center.to(parameter))
+            if terms.control is not None and name in terms.control:
+                parameter.grad += terms.control[name][0].to(parameter)
+
+    def reply(
+        self,
+        arrays: Mapping[str, Tensor],
+        metrics: MetricRecord,
+        *,
+        steps: int,
+        rate: float | None = None,
+    ) -> Message:
+        """Return the answer, and keep the half's new state.
+
+        Parameters
+        ----------
+        arrays : mapping of Tensor, shape (*shape)
+            The model after the work.
+        metrics : MetricRecord
+            With ``num-examples``.
+        steps : int
+            Local steps made.
+        rate : float, optional
+            The learning rate; default: the config's ``learning-rate``.
+        """
+        record = _record({key: value.detach()[None] for key, value in arrays.items()})
+        content = RecordDict({"arrays": record, "metrics": metrics})
+        rate = self.config["learning-rate"] if rate is None else rate
+        return Message(self.sent(content, steps, float(rate)), reply_to=self._message)
+
+    def sent(
+        self, content: RecordDict, steps: int | None = None, rate: float | None = None
+    ) -> RecordDict:
+        """Return the content of a reply as the half sends it; keep the half's new state.
+
+        Parameters
+        ----------
+        content : RecordDict
+            Of the reply that plain training gives.
+        steps, rate
+            Local steps made and their learning rate, for a half with a `local` part.
+        """
+        name, record = next(iter(content.array_records.items()))
+        work = {key: torch.from_numpy(array.numpy())[None] for key, array in record.items()}
+        config = self.config
+        if steps is not None:
+            rates = torch.tensor([rate], dtype=torch.float64)
+            config = config | {"steps-made": torch.tensor([steps]), "rate-used": rates}
+        payload, state = self._half.reply(work, self._state, config, self._draws)
+        self._context.state[self._half.name] = _record(state)
+        content = _replaced(content, name, _record(payload))
+        applied = content.config_records.get("applied", ConfigRecord({"halves": []}))
+        names = [*applied["halves"], self._half.name]  # type: ignore[misc]
+        content["applied"] = ConfigRecord({"halves": names})
+        return content
+
+
 def as_mod(half: DeviceHalf) -> Callable[[Message, Context, ClientAppCallable], Message]:
     """Return a Flower client mod that applies a half: ``ClientApp(mods=[as_mod(half)])``.
 
@@ -189,31 +373,19 @@ def as_mod(half: DeviceHalf) -> Callable[[Message, Context, ClientAppCallable], 
     """
     if type(half).local is not DeviceHalf.local:
         raise ValueError(
-            f"the half {half.name!r} has a local part, which a mod cannot apply: call "
-            "half.local(...) in the training loop"
+            f"the half {half.name!r} has a local part, which a mod cannot apply: let the training "
+            "loop use half.work(message, context), see strategies.halves.DeviceWork"
         )
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if not message.metadata.message_type.startswith("train"):
             return call_next(message, context)
-        config = merged_config(message.content)
-        device = int(context.node_config.get("partition-id", context.node_id))
-        draws = half.draws(int(config.get("server-round", 0)), device)
-        saved = context.state.array_records.get(half.name, ArrayRecord())
-        state = {key: torch.from_numpy(array.numpy())[None] for key, array in saved.items()}
-        params, state = half.receive(half.unpack([message.content]), state, config, draws)
+        work = half.work(message, context)
         inner = copy(message)
-        inner.content = _replaced(message.content, "arrays", _record(params))
+        inner.content = work.content
         answer = call_next(inner, context)
-        if answer.has_error():
-            return answer
-        name, record = next(iter(answer.content.array_records.items()))
-        work = {key: torch.from_numpy(array.numpy())[None] for key, array in record.items()}
-        payload, state = half.reply(work, state, config, draws)
-        answer.content = _replaced(answer.content, name, _record(payload))
-        applied = answer.content.config_records.get("applied", ConfigRecord({"halves": []}))
-        answer.content["applied"] = ConfigRecord({"halves": [*applied["halves"], half.name]})  # type: ignore[misc]
-        context.state[half.name] = _record(state)
+        if not answer.has_error():
+            answer.content = work.sent(answer.content)
         return answer
 
     return mod

@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import (
 )
 
 from fedsim.errors import ScenarioError
+from fedsim.executors.halves import DeviceHalf, DeviceWork, joined_terms
 from fedsim.executors.vectorised import train_or_evaluate
 from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan, round_of
@@ -143,7 +144,12 @@ def check_app(app: object) -> None:
         )
 
 
-def device_app(trainer: Trainer, plan: WorkPlan, mods: Sequence[Mod] = ()) -> ClientApp:
+def device_app(
+    trainer: Trainer,
+    plan: WorkPlan,
+    mods: Sequence[Mod] = (),
+    halves: Sequence[DeviceHalf] = (),
+) -> ClientApp:
     """Return fedsim's own app: the work of the vectorised executor, for one device at a time.
 
     Parameters
@@ -151,14 +157,30 @@ def device_app(trainer: Trainer, plan: WorkPlan, mods: Sequence[Mod] = ()) -> Cl
     trainer, plan
         Who works, and who reads the instructions.
     mods : sequence of Mod
-        Flower mods around training: what the strategy's device halves are here, and what Flower's
-        own strategies need.
+        Flower mods around training, which some of Flower's own strategies need.
+    halves : sequence of device halves
+        The strategy's; the first receives first and replies last.
     """
     app = ClientApp()
 
     def answer(message: Message, context: Context) -> Message:
         device = int(context.node_config["partition-id"])
-        return Message(train_or_evaluate(trainer, plan, [message], [device])[0], reply_to=message)
+        if not halves or not message.metadata.message_type.startswith("train"):
+            content = train_or_evaluate(trainer, plan, [message], [device])[0]
+            return Message(content, reply_to=message)
+        works: list[DeviceWork] = []
+        inner = copy(message)
+        for half in halves:
+            works.append(half.work(inner, context))
+            inner.content = works[-1].content
+        terms = joined_terms([work.terms for work in works], trainer.layout)
+        where = np.array([device]), np.array([round_of(inner)])
+        steps, rates = plan.steps_and_rates(inner.content, *where)
+        content = train_or_evaluate(trainer, plan, [inner], [device], terms)[0]
+        made = (None, None) if terms is None else (int(steps[0]), float(rates[0]))
+        for work in reversed(works):
+            content = work.sent(content, *made)
+        return Message(content, reply_to=message)
 
     app.train(mods=list(mods))(answer)
     app.evaluate()(answer)

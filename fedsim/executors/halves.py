@@ -5,19 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedsim.errors import PayloadError
 from fedsim.flower import compat
-from fedsim.flower.instructions import round_of
+from fedsim.flower.instructions import WorkPlan, round_of
 from fedsim.flower.records import LazyArray, LazyArrayRecord, stack_records, stacked_record
+from fedsim.learning.config import LocalTerms
+from fedsim.learning.layout import Layout
 
-__all__ = ["DeviceHalf", "HalvesOfDevices"]
+__all__ = ["DeviceHalf", "DeviceWork", "HalvesOfDevices", "joined_terms"]
 
 Tensors = dict[str, Tensor]
-Work = Callable[[Sequence[Message], Sequence[int]], list[RecordDict]]
+Work = Callable[[Sequence[Message], Sequence[int], LocalTerms | None], list[RecordDict]]
 _SPREAD = 4  # rows kept alive for each row in use before states are gathered anew
 
 
@@ -31,8 +34,8 @@ class DeviceHalf(Protocol):
     def draws(self, rounds: Any, devices: Any, device: Any = "cpu") -> Any:
         """Return the draws of these devices in these rounds."""
 
-    def as_mod(self) -> Any:
-        """Return the half as a Flower client mod."""
+    def work(self, message: Message, context: Any) -> "DeviceWork":
+        """Return the half's part in one instruction, with its state in a Flower `Context`."""
 
     def unpack(self, contents: Sequence[RecordDict]) -> Tensors:
         """Return the arrays of instructions, one tensor ``(n, ...)`` per key."""
@@ -51,16 +54,42 @@ class DeviceHalf(Protocol):
         """Return what is sent back instead of the work, and the new state."""
 
 
+class DeviceWork(Protocol):
+    """One instruction's way through a half; see `strategies.halves.DeviceWork`."""
+
+    @property
+    def content(self) -> RecordDict:
+        """The instruction, with the model to work on."""
+
+    @property
+    def terms(self) -> Any:
+        """What is added to the local objective, one row; None for nothing."""
+
+    def sent(
+        self, content: RecordDict, steps: int | None = None, rate: float | None = None
+    ) -> RecordDict:
+        """Return the content of the reply; the state moves on."""
+
+
 class HalvesOfDevices:
     """Applies halves around the work of a batch, and keeps the devices' states.
 
     Parameters
     ----------
     halves : sequence of DeviceHalf
+    plan : WorkPlan
+        Reads instructions.
+    layout : Layout
+        Of the model.
+    place : torch.device
+        Where tensors are worked on.
     """
 
-    def __init__(self, halves: Sequence[DeviceHalf]) -> None:
+    def __init__(
+        self, halves: Sequence[DeviceHalf], plan: WorkPlan, layout: Layout, place: torch.device
+    ) -> None:
         self._halves = tuple(halves)
+        self._plan, self._layout, self._place = plan, layout, place
         # Of each device: the states of a batch, one for each half, and its row there.
         self._states: dict[int, tuple[list[Tensors], int]] = {}
         self._open: dict[str, tuple[int, list[Tensors], int]] = {}
@@ -90,38 +119,42 @@ class HalvesOfDevices:
         }
 
     def around(
-        self,
-        work: Work,
-        messages: Sequence[Message],
-        devices: Sequence[int],
-        place: torch.device,
+        self, work: Work, messages: Sequence[Message], devices: Sequence[int]
     ) -> list[RecordDict]:
         """Return the contents of the replies: receive, work, reply.
 
         Parameters
         ----------
         work : callable
-            ``(messages, devices) -> contents`` of plain training and evaluation.
+            ``(messages, devices, terms) -> contents`` of plain training and evaluation.
         messages, devices
             Instructions, and the device of each.
-        place : torch.device
-            Where tensors are worked on.
         """
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, message in enumerate(messages):
             if message.metadata.message_type.startswith("train"):
                 groups[self._likeness(message)].append(i)
         inner = list(messages)
+        contents: list[RecordDict] = [RecordDict()] * len(messages)
         batches = []
+        together = dict.fromkeys(range(len(messages)))  # without terms: one call for all
         for rows in groups.values():
             batch = _Batch(
-                [messages[i] for i in rows], [devices[i] for i in rows], self._halves, place
+                [messages[i] for i in rows], [devices[i] for i in rows], self._halves, self._place
             )
-            batch.states = self._gather([messages[i].metadata.dst_node_id for i in rows], place)
+            batch.states = self._gather(
+                [messages[i].metadata.dst_node_id for i in rows], self._place
+            )
             for i, message in zip(rows, batch.receive(), strict=True):
                 inner[i] = message
             batches.append((rows, batch))
-        contents = work(inner, devices)
+            terms = joined_terms(batch.local(), self._layout)
+            if terms is not None:
+                batch.note_work(self._plan)
+                _place(contents, rows, work, inner, devices, terms)
+                for i in rows:
+                    del together[i]
+        _place(contents, list(together), work, inner, devices)
         for rows, batch in batches:
             for i, content in zip(rows, batch.reply([contents[i] for i in rows]), strict=True):
                 contents[i] = content
@@ -192,6 +225,7 @@ class _Batch:
         place: torch.device,
     ) -> None:
         self._messages = messages
+        self._devices = devices
         self._halves = halves
         self._place = place
         self._config = _config(messages[0].content)
@@ -206,11 +240,6 @@ class _Batch:
         for half, state, draws in zip(self._halves, self.states, self._draws, strict=True):
             arrays, state = half.receive(arrays, state, self._config, draws)
             states.append(state)
-            if half.local(state, self._config) is not None:
-                raise PayloadError(
-                    f"the half {half.name!r} adds to the local objective, which the vectorised "
-                    "executor does not support"
-                )
         self.states = states
         inner = []
         for row, message in enumerate(self._messages):
@@ -220,6 +249,22 @@ class _Batch:
             instruction.content = compat.fill(RecordDict(), records)
             inner.append(instruction)
         return inner
+
+    def local(self) -> list[Any]:
+        """Return what each half adds to the local objective."""
+        return [
+            half.local(state, self._config)
+            for half, state in zip(self._halves, self.states, strict=True)
+        ]
+
+    def note_work(self, plan: WorkPlan) -> None:
+        """Let `reply` know how many steps the devices make, and at which rate."""
+        rounds = np.array([round_of(message) for message in self._messages], np.int64)
+        steps, rates = plan.steps_and_rates(
+            self._messages[0].content, np.asarray(self._devices, np.int64), rounds
+        )
+        made = {"steps-made": torch.from_numpy(steps), "rate-used": torch.from_numpy(rates)}
+        self._config |= _moved(made, self._place)
 
     def reply(self, contents: Sequence[RecordDict]) -> list[RecordDict]:
         """Return what is sent of the work's results; the states move on."""
@@ -243,6 +288,77 @@ class _Batch:
             records["applied"] = applied
             replies.append(compat.fill(RecordDict(), records))
         return replies
+
+
+def joined_terms(terms: Sequence[Any], layout: Layout) -> LocalTerms | None:
+    """Return what some halves together add to the local objective, as the trainer takes it.
+
+    Control variates add up; of everything else there can be one.
+
+    Parameters
+    ----------
+    terms : sequence of strategies.halves.LocalTerms or None
+        One of each half.
+    layout : Layout
+        Of the model.
+
+    Raises
+    ------
+    PayloadError
+        If tensors do not belong to the model, or two halves give one thing.
+    """
+    given = [each for each in terms if each is not None]
+    if not given:
+        return None
+    found: dict[str, Any] = {}
+    for name in ("proximal_mu", "center", "extra_loss"):
+        values = [getattr(each, name) for each in given if getattr(each, name) is not None]
+        if len(values) > 1:
+            raise PayloadError(f"two device halves add a {name} to one local objective")
+        found |= dict.fromkeys([name] * len(values), *values)
+    controls = [_matrix(each.control, layout) for each in given if each.control is not None]
+    if "center" in found:
+        missing = set(layout.parameters) - set(found["center"])
+        if missing:
+            raise PayloadError(f"the center of a proximal term has no {min(missing)!r}")
+        found["center"] = _matrix(found["center"], layout)
+    rows = {key: value for each in given for key, value in each.rows.items()}
+    return LocalTerms(
+        control=torch.stack(controls).sum(0) if controls else None, rows=rows, **found
+    )
+
+
+def _matrix(tensors: Tensors, layout: Layout) -> Tensor:
+    """Return stacked tensors of a model as a matrix (n, P), zero where there are none."""
+    unknown = sorted(set(tensors) - set(layout.names))
+    if unknown or not tensors:
+        shown = f"a tensor {unknown[0]!r}" if unknown else "no tensors"
+        raise PayloadError(
+            f"a device half adds {shown} to the local objective of a model with "
+            f"{', '.join(layout.parameters)}"
+        )
+    some = next(iter(tensors.values()))
+    full = {
+        name: tensors[name] if name in tensors else some.new_zeros((len(some), *shape))
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }
+    return layout.flatten(full)
+
+
+def _place(
+    contents: list[RecordDict],
+    rows: Sequence[int],
+    work: Work,
+    messages: Sequence[Message],
+    devices: Sequence[int],
+    terms: LocalTerms | None = None,
+) -> None:
+    """Have these rows worked on, and put what they give into their places."""
+    if not rows:
+        return
+    done = work([messages[i] for i in rows], [devices[i] for i in rows], terms)
+    for i, content in zip(rows, done, strict=True):
+        contents[i] = content
 
 
 def _structure(content: RecordDict) -> Any:

@@ -14,7 +14,7 @@ from fedsim.executors.halves import DeviceHalf, HalvesOfDevices
 from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan, round_of
 from fedsim.flower.records import payload_bytes, stack_records, stacked_record
-from fedsim.learning.config import LocalConfig
+from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.trainer import Trainer
 
 __all__ = ["VectorisedExecutor", "train_or_evaluate"]
@@ -56,7 +56,10 @@ class VectorisedExecutor:
         self._trainer = trainer
         self._plan = plan
         self._node_base = node_base
-        self._halves = HalvesOfDevices(halves) if halves else None
+        self._halves = None
+        if halves:
+            place = trainer.stack.device
+            self._halves = HalvesOfDevices(halves, plan, trainer.layout, place)
 
     def reply_bytes(self, message: Message) -> int | None:
         """Return the dense payload of the reply: a trained model is as large as the one sent.
@@ -90,7 +93,7 @@ class VectorisedExecutor:
         if self._halves is None:
             contents = work(messages, devices)
         else:
-            contents = self._halves.around(work, messages, devices, self._trainer.stack.device)
+            contents = self._halves.around(work, messages, devices)
         return [
             Message(content, reply_to=message)
             for content, message in zip(contents, messages, strict=True)
@@ -98,7 +101,11 @@ class VectorisedExecutor:
 
 
 def train_or_evaluate(
-    trainer: Trainer, plan: WorkPlan, messages: Sequence[Message], devices: Sequence[int]
+    trainer: Trainer,
+    plan: WorkPlan,
+    messages: Sequence[Message],
+    devices: Sequence[int],
+    terms: LocalTerms | None = None,
 ) -> list[RecordDict]:
     """Do what each message asks of its device, as few calls of the trainer as possible.
 
@@ -110,6 +117,8 @@ def train_or_evaluate(
         Types ``train`` and ``evaluate``, with any action.
     devices : sequence of int
         The device each message is for.
+    terms : LocalTerms, optional
+        What is added to the local objective, one row for each message.
 
     Returns
     -------
@@ -135,8 +144,12 @@ def train_or_evaluate(
         batch = [messages[i] for i in members]
         who = np.array([devices[i] for i in members], np.int64)
         base, rows = _bases(trainer, batch)
-        work = _evaluate if action == "evaluate" else _train
-        for i, content in zip(members, work(trainer, base, rows, who, batch, config), strict=True):
+        if action == "evaluate":
+            done = _evaluate(trainer, base, rows, who)
+        else:
+            added = LocalTerms() if terms is None else terms.part(torch.tensor(members))
+            done = _train(trainer, base, rows, who, batch, config, added)
+        for i, content in zip(members, done, strict=True):
             contents[i] = content
     return contents
 
@@ -175,9 +188,10 @@ def _train(
     who: np.ndarray,
     batch: Sequence[Message],
     config: LocalConfig,
+    terms: LocalTerms,
 ) -> list[RecordDict]:
     rounds = np.array([round_of(message) for message in batch], np.int64)
-    result = trainer.train(base, rows, who, rounds, config)
+    result = trainer.train(base, rows, who, rounds, config, terms=terms)
     assert result.params is not None
     stacks = trainer.layout.views(result.params)
     name = "gradients" if config.mode == "gradient" else "arrays"
@@ -191,12 +205,7 @@ def _train(
 
 
 def _evaluate(
-    trainer: Trainer,
-    base: torch.Tensor,
-    rows: np.ndarray,
-    who: np.ndarray,
-    batch: Sequence[Message],
-    config: LocalConfig,
+    trainer: Trainer, base: torch.Tensor, rows: np.ndarray, who: np.ndarray
 ) -> list[RecordDict]:
     has_tests = getattr(trainer.data, "local_test_size", None) is not None
     split: Literal["train", "test"] = "test" if has_tests else "train"

@@ -217,6 +217,14 @@ class WorkPlan:
         except (ScenarioError, TypeError, ValueError) as error:
             raise PayloadError(f"an instruction's config asks for {keys}: {error}") from error
 
+    def steps_and_rates(
+        self, content: RecordDict, devices: NDArray[np.int64], rounds: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return how many local steps devices make for an instruction, and their learning rates."""
+        config = self.local_config(content)
+        steps = config.steps_of(self.sizes[devices], seed=self.seed, rounds=rounds, devices=devices)
+        return steps, config.rates(rounds)
+
     def samples(self, message: Message, config: LocalConfig, device: int) -> float:
         """Return the work of an instruction in training samples.
 

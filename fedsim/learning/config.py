@@ -1,7 +1,7 @@
 """What a device does in one round, as values."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -143,6 +143,8 @@ class LocalTerms:
         Added to the gradients of every step: a control variate.
     center : Tensor, shape (k, P), optional
         What the proximal term pulls towards; default: the model received.
+    proximal_mu : float, optional
+        Instead of the config's.
     extra_loss : callable, optional
         `(outputs (n, ...), x, y, rows) -> Tensor (n,)`, added to the loss of each sample; it must
         treat the samples one by one, since a batch may be padded.
@@ -154,6 +156,16 @@ class LocalTerms:
     center: Tensor | None = None
     extra_loss: ExtraLoss | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    proximal_mu: float | None = None
+
+    def part(self, rows: Tensor) -> "LocalTerms":
+        """Return the terms of the devices at these rows, Tensor of int64."""
+        return replace(
+            self,
+            control=None if self.control is None else self.control[rows],
+            center=None if self.center is None else self.center[rows],
+            rows={name: value[rows] for name, value in self.rows.items()},
+        )
 
 
 def _choice(name: str, value: str, valid: tuple[str, ...]) -> None:

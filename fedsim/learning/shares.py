@@ -135,9 +135,8 @@ def train_shares(
     shares = [share for share in shares if len(share)]
 
     def work(trainer: Trainer, rows: IntArray) -> LocalResult:
-        return trainer.train(
-            base, base_rows[rows], devices[rows], rounds[rows], config, terms=_part(terms, rows)
-        )
+        part = terms.part(torch.from_numpy(rows))
+        return trainer.train(base, base_rows[rows], devices[rows], rounds[rows], config, terms=part)
 
     with ThreadPoolExecutor(len(shares)) as pool:
         results = list(pool.map(work, trainers[: len(shares)], shares))
@@ -149,14 +148,4 @@ def train_shares(
         np.concatenate([r.loss for r in results])[back],
         np.concatenate([r.samples for r in results])[back],
         np.concatenate([r.steps for r in results])[back],
-    )
-
-
-def _part(terms: LocalTerms, rows: IntArray) -> LocalTerms:
-    chosen = torch.from_numpy(rows)
-    return LocalTerms(
-        None if terms.control is None else terms.control[chosen],
-        None if terms.center is None else terms.center[chosen],
-        terms.extra_loss,
-        {name: value[chosen] for name, value in terms.rows.items()},
     )

@@ -8,7 +8,7 @@ same scenario must write the same bytes every time.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -136,7 +136,9 @@ class Trainer:
             loss = str(getattr(module, "task_loss", usual))
         self.stack = ModelStack(module, data, loss_of(loss), torch_device(device), precision)
         self._kernel = self._choose_kernel()
-        self._is_proven = not isinstance(self._kernel, VmapKernel)
+        # The extra losses (None for none) that could be mapped, and could not, in the last calls.
+        self._proven: list[object] = []
+        self._refused: list[object] = []
         self._has_flat_norm = any(isinstance(m, nn.BatchNorm1d) for m in module.modules())
         self._resident: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -268,6 +270,8 @@ class Trainer:
         terms: LocalTerms,
     ) -> _Work:
         k, p = len(devices), self.layout.size
+        if terms.proximal_mu is not None:
+            config = replace(config, proximal_mu=terms.proximal_mu)
         if base.dim() != 2 or base.shape[1] != p:
             raise ScenarioError(
                 f"model versions of shape {tuple(base.shape)} do not fit a model of {p} numbers"
@@ -300,9 +304,11 @@ class Trainer:
 
     def _kernel_for(self, work: _Work) -> Kernel | None:
         """Return the kernel for this call; None is the loop."""
-        kernel = self._kernel
-        if kernel is not None and work.terms.extra_loss is not None:
-            kernel = VmapKernel(self.stack, work.terms.extra_loss)
+        kernel, extra = self._kernel, work.terms.extra_loss
+        if kernel is not None and extra is not None:
+            kernel = VmapKernel(self.stack, extra)
+        if self._refused == [extra]:
+            return None
         if not isinstance(kernel, VmapKernel) or self.engine != "auto":
             return kernel
         if self.stack.device.type != "cpu":
@@ -347,9 +353,10 @@ class Trainer:
 
     def _run(self, kernel: Kernel | None, work: _Work, rows: IntArray) -> tuple[Tensor, FloatArray]:
         """Train the devices at `rows` (sorted by steps); return their models and mean losses."""
-        if kernel is None or self._kernel is None:
+        extra = work.terms.extra_loss
+        if kernel is None or self._kernel is None or self._refused == [extra]:
             return self._run_loop(work, rows)
-        if self._is_proven:
+        if isinstance(kernel, LinearKernel) or self._proven == [extra]:
             return self._run_stacked(kernel, work, rows)
         try:
             result = self._run_stacked(kernel, work, rows)
@@ -357,6 +364,7 @@ class Trainer:
             raise
         except _MAP_ERRORS as error:
             name = type(self.stack.module).__name__
+            name += "" if extra is None else " with a strategy's extra loss"
             reason = str(error).strip().splitlines()[0]
             message = f"{name} cannot be mapped over devices: {reason}"
             if self.engine == "vmap":
@@ -364,9 +372,11 @@ class Trainer:
             warnings.warn(
                 f"{message}; training device after device instead", RuntimeWarning, stacklevel=4
             )
-            self._kernel = None
+            if extra is None:
+                self._kernel = None
+            self._refused = [extra]
             return self._run_loop(work, rows)
-        self._is_proven = True
+        self._proven = [extra]
         return result
 
     def _batches(self, work: _Work, rows: IntArray) -> Batches:
