@@ -6,8 +6,9 @@ Gray code, groups are the devices under one switch or edge server, dimensions ar
 torus. A pair that makes no sense raises ValueError with the reason.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import networkx as nx
 
@@ -18,6 +19,7 @@ from topologies.schedules import Schedule
 __all__ = [
     "COLLECTIVES",
     "all_to_all_schedule",
+    "among",
     "binomial_tree_schedule",
     "bml_schedule",
     "dimension_rings_schedule",
@@ -44,21 +46,49 @@ def _ranks(graph: Graph) -> int:
     return len(devices)
 
 
+def among(graph: Graph, members: Iterable[int]) -> Graph:
+    """Return the graph on which only some devices take part; the others pass messages on.
+
+    Parameters
+    ----------
+    graph : networkx.Graph
+    members : iterable of int
+        Devices; rank r is the r-th of them.
+
+    Raises
+    ------
+    ValueError
+        If a member is no device of the graph.
+    """
+    devices, chosen = devices_of(graph), set(members)
+    if not chosen <= set(devices):
+        raise ValueError(f"{min(chosen - set(devices))} is no device of {_name(graph)}")
+    if len(chosen) == len(devices):
+        return graph
+    smaller: Graph = graph.copy()
+    for device in devices:
+        if device not in chosen:
+            smaller.nodes[device]["role"] = "switch"
+    return smaller
+
+
 def bml_schedule(graph: Graph, n_bytes: int | None = None) -> Schedule:
-    """Return BML, which needs BCube."""
+    """Return BML, which needs BCube and all of its servers."""
     if family_of(graph) != "bcube":
         raise ValueError(f"bml needs a BCube, not {_name(graph)}")
-    _ranks(graph)
-    return collectives.bml(graph.graph["parameters"]["n"], graph.graph["parameters"]["k"])
+    sizes = graph.graph["parameters"]
+    _all_of(graph, sizes["n"] ** sizes["k"])
+    return collectives.bml(sizes["n"], sizes["k"])
 
 
 def ring_schedule(graph: Graph, n_bytes: int | None = None) -> Schedule:
     """Return the ring: in Gray order on BCube, else in the order of the devices."""
     ranks = _ranks(graph)
-    order = None
-    if family_of(graph) == "bcube":
-        order = collectives.gray_order(**graph.graph["parameters"])
-    return collectives.ring(ranks, order)
+    if family_of(graph) != "bcube":
+        return collectives.ring(ranks)
+    rank_of = {device: rank for rank, device in enumerate(devices_of(graph))}
+    around = collectives.gray_order(**graph.graph["parameters"])
+    return collectives.ring(ranks, [rank_of[server] for server in around if server in rank_of])
 
 
 def halving_doubling_schedule(graph: Graph, n_bytes: int | None = None) -> Schedule:
@@ -115,8 +145,8 @@ def ps_hierarchical_schedule(
     if group is None and family_of(graph) == "tree" and len(servers) > 1:
         rank_of = {server: ranks + i for i, server in enumerate(servers)}
         below: dict[int, list[int]] = defaultdict(list)
-        for device in devices_of(graph):
-            below[next(iter(graph[device]))].append(device)
+        for rank, device in enumerate(devices_of(graph)):
+            below[next(iter(graph[device]))].append(rank)
         edges = sorted(below)
         heads = [rank_of[edge] for edge in edges]
         return collectives.hierarchical_parameter_server(
@@ -162,17 +192,30 @@ def _dimensions(graph: Graph) -> tuple[int, ...]:
     ranks = _ranks(graph)
     sizes = graph.graph.get("parameters", {})
     family = family_of(graph)
+    dims: tuple[int, ...] = ()
     if family in ("torus", "grid"):
-        return tuple(int(size) for size in sizes["dims"])
-    if family == "bcube":
-        return (int(sizes["n"]),) * int(sizes["k"])
-    if family == "hypercube":
-        return (2,) * int(sizes["dimension"])
+        dims = tuple(int(size) for size in sizes["dims"])
+    elif family == "bcube":
+        dims = (int(sizes["n"]),) * int(sizes["k"])
+    elif family == "hypercube":
+        dims = (2,) * int(sizes["dimension"])
+    if dims:
+        _all_of(graph, math.prod(dims))
+        return dims
     if family in ("fat_tree", "leaf_spine", "dragonfly", "dcell", "star"):
         inner = _group_size(graph, ranks)
         if ranks % inner == 0 and inner > 1:
             return (inner, ranks // inner) if ranks > inner else (inner,)
     raise ValueError(f"rings in each dimension need dimensions, and {_name(graph)} has none")
+
+
+def _all_of(graph: Graph, needed: int) -> None:
+    """Refuse a graph of which only some devices take part."""
+    ranks = _ranks(graph)
+    if ranks != needed:
+        raise ValueError(
+            f"this collective takes all {needed} devices of {_name(graph)}, not {ranks}"
+        )
 
 
 def _name(graph: Graph) -> str:

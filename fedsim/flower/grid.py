@@ -25,6 +25,7 @@ from flwr.serverapp import Grid
 from fedsim.devices import DeviceFleet
 from fedsim.errors import NetworkError, NoNodesError, PayloadError, ScenarioError
 from fedsim.flower import compat
+from fedsim.flower.collectives import Planner
 from fedsim.flower.instructions import (
     NODE_BASE,
     Exchange,
@@ -42,7 +43,7 @@ from fedsim.flower.records import (
     template_of,
 )
 from fedsim.learning.config import LocalConfig
-from fedsim.network import Delivery, Network
+from fedsim.network import Delivery, Network, collective
 from fedsim.network.exchange import Trip, serve
 from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import ComputeRow, Recorder, TransferRow
@@ -93,6 +94,8 @@ class Traffic:
         Devices that were sent a train instruction, and whose train reply was handed over.
     train, evaluate : list of (device, metrics)
         The metrics of the replies handed over.
+    collectives : list of Report
+        What the time of each collective that is over went into.
     """
 
     bytes_down: int = 0
@@ -106,6 +109,7 @@ class Traffic:
     replied: set[int] = field(default_factory=set)
     train: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     evaluate: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    collectives: list[collective.Report] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +134,7 @@ class _Flight:
     @property
     def sends_result(self) -> bool:
         """Whether its payload is what its work makes, not what it was sent."""
-        return self.exchange.kind == "server" or self.exchange.manner.when == "after"
+        return self.exchange.kind != "neighbours" or self.exchange.manner.when == "after"
 
     @property
     def sent(self) -> Message | None:
@@ -234,6 +238,19 @@ class NetworkGrid(Grid):
         self._peers = peers
         hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
         self._neighbours = Neighbours(network, fleet, len(fleet), hooks, seed=seed)
+        self._planner = Planner(network, len(fleet))
+        self._collectives = collective.Collectives(
+            network,
+            fleet,
+            collective.Hooks(
+                self._load_vector,
+                self._post_message,
+                self._observe_peer,
+                self._arrive,
+                self._note_collective,
+            ),
+            header_bytes=header_bytes,
+        )
         self._template: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._run = compat.empty_run()
         self._n_pushed = 0
@@ -297,18 +314,26 @@ class NetworkGrid(Grid):
         loads = [cargoes[id(message.content)] for message in batch]
         peers = [self._peers_of(m, load) for m, load in zip(batch, loads, strict=True)]
         manners = agreed_manners([(load.round, load.exchange) for load in loads])
+        groups = self._planner.groups(
+            [
+                (message.metadata.dst_node_id - NODE_BASE, load.exchange)
+                for message, load in zip(batch, loads, strict=True)
+            ]
+        )
         if any(_is_train(message) for message in batch):
             self.on_train_push()
         self._start_round(max((load.round or 0 for load in loads), default=0))
         flights = [self._board(m, load) for m, load in zip(batch, loads, strict=True)]
         between: list[tuple[Trip, list[int]]] = []
         for flight, among in zip(flights, peers, strict=True):
-            if among is None:
-                self._depart(flight.trip)
-            else:
+            if among is not None:
                 between.append((flight.trip, among))
+            elif flight.exchange.kind == "server":
+                self._depart(flight.trip)
         for trips, known in group(between):
             self._neighbours.begin(trips, known, manners[trips[0].round])
+        for places, plan in groups:
+            self._collectives.begin([flights[i].trip for i in places], plan)
         self._was_hopeless = False
         return [flight.trip.message_id for flight in flights]
 
@@ -428,10 +453,12 @@ class NetworkGrid(Grid):
             self.network.start_round(number)
 
     def _peers_of(self, message: Message, cargo: _Cargo) -> list[int] | None:
-        """Return the devices that a message's device may send to; None: the server."""
+        """Return the devices that a message's device may send to; None: it does not say."""
         node_id = message.metadata.dst_node_id
         if cargo.exchange.kind == "neighbours":
             return peers_of(node_id, cargo.exchange, cargo.round, self._peers, len(self.fleet))
+        if cargo.exchange.kind == "collective":
+            return None
         if self.network.server is None and not self._is_free(message.metadata.message_type):
             raise ScenarioError(
                 "topology: it has no server, and this strategy's messages travel by way of one; "
@@ -507,7 +534,7 @@ class NetworkGrid(Grid):
         """Record a payload that has arrived or was given up."""
         assert self.recorder is not None
         kind = way if _is_train_type(trip.kind) else f"{trip.kind.partition('.')[0]}-{way}"
-        released = {"down": trip.pushed, "up": trip.computed, "peer": delivery.started}[way]
+        released = {"down": trip.pushed, "up": trip.computed}.get(way, delivery.started)
         self.recorder.transfer(
             TransferRow(
                 round=trip.round,
@@ -568,14 +595,32 @@ class NetworkGrid(Grid):
         return None if size is None else (size, flight)
 
     def _post_payload(self, size_bytes: int) -> None:
-        self._traffic.messages_sent += 1
-        self._traffic.bytes_peer += size_bytes
+        self._post_message("peer", size_bytes)
+
+    def _load_vector(self, trip: Trip) -> int | None:
+        """Return the size of what a device adds to a collective, whose messages have headers."""
+        size = self._weigh(trip)
+        return None if size is None else size - self._header_bytes
+
+    def _post_message(self, way: str, size_bytes: int, messages: int = 1) -> None:
+        """Count what sets off between devices, or between them and a dedicated server."""
+        traffic = self._traffic
+        traffic.messages_sent += messages
+        if way == "peer":
+            traffic.bytes_peer += size_bytes
+        elif way == "up":
+            traffic.bytes_up += size_bytes
+        else:
+            traffic.bytes_down += size_bytes
+
+    def _note_collective(self, report: collective.Report) -> None:
+        self._traffic.collectives.append(report)
 
     def _arrive(self, trip: Trip) -> None:
         """Note that the reply is here, or can no longer come."""
         given_up = self._given_up.pop(trip.message_id, None)
         flight = self._flights.get(trip.message_id)
-        is_between = trip.exchange == "neighbours"
+        is_between = trip.exchange != "server"
         if self.recorder is not None and is_between and not math.isnan(trip.computed):
             self._record_work(trip)
         if trip.is_lost:
@@ -717,6 +762,10 @@ class NetworkGrid(Grid):
             "started": trip.pushed,
             "finished": trip.finished,
         }
+        if trip.exchange == "collective":
+            delivery["computed"] = trip.computed
+            if trip.neighbours:
+                delivery["received_from"] = [NODE_BASE + device for device in trip.neighbours]
         if trip.exchange == "neighbours":
             payloads = sorted(trip.payloads.items())
             came = {d: s for d, s in payloads if s is None or not s.has_failed}
@@ -748,6 +797,8 @@ class NetworkGrid(Grid):
                 continue
             if math.isinf(time):
                 why = self.network.why_stalled() or "no event is left in virtual time"
+                if place := self._collectives.why_stuck():
+                    why = f"{place}; {why}"
                 raise NetworkError(
                     f"{len(self._waiting)} message(s) can never be delivered: {why}. Set "
                     "round_timeout to go on without them."

@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from fedsim.errors import PayloadError, ScenarioError
 from fedsim.learning.config import LocalConfig
+from fedsim.network.collective import Conduct
 from fedsim.network.neighbours import Manner
+from fedsim.registry import nearest
+from topologies.placement import COLLECTIVES
 
 __all__ = [
     "NODE_BASE",
+    "Collective",
     "Exchange",
     "WorkPlan",
     "read_exchange",
@@ -31,26 +35,55 @@ _EXCHANGE = "exchange"
 
 
 @dataclass(frozen=True, slots=True)
+class Collective:
+    """Which collective a group of instructions runs.
+
+    Attributes
+    ----------
+    name : str
+        A key of `topologies.placement.COLLECTIVES`.
+    group : str
+        The instructions of one push with the same group add up their vectors.
+    conduct : Conduct
+    fusion_bytes : int or None
+        Size at which a bucket of tensors is closed; 0 sends every tensor by itself, None all
+        together.
+    root : int or None
+        Node id of the root of a tree.
+    """
+
+    name: str
+    group: str
+    conduct: Conduct
+    fusion_bytes: int | None = None
+    root: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
     """How a message travels: the record named ``exchange`` of an instruction.
 
     Attributes
     ----------
-    kind : {"server", "neighbours"}
+    kind : {"server", "neighbours", "collective"}
         ``server``: download from the server, work, upload to the server. ``neighbours``: work, and
-        send to the device's neighbours; the strategy's own model travels at no cost.
+        send to the device's neighbours. ``collective``: work, and add up with the other devices of
+        the group. The strategy's own model travels at no cost in the last two.
     payload_bytes : int or None
         What a payload weighs, if not what its arrays weigh.
     manner : Manner
         How devices send to their neighbours and wait for them.
     peers : tuple of int or None
         Node ids of whom to send to; None leaves it to the scenario's graph.
+    collective : Collective or None
+        What a ``collective`` is.
     """
 
     kind: str = "server"
     payload_bytes: int | None = None
     manner: Manner = field(default_factory=Manner)
     peers: tuple[int, ...] | None = None
+    collective: Collective | None = None
 
 
 def read_exchange(content: RecordDict) -> Exchange:
@@ -66,23 +99,23 @@ def read_exchange(content: RecordDict) -> Exchange:
         return _SERVED
     if not isinstance(record, ConfigRecord):
         raise PayloadError(f"'exchange' must be a ConfigRecord, not {type(record).__name__}")
-    kind = _choice(record, "kind", ("server", "neighbours"))
-    keys = _KEYS | _NEIGHBOUR_KEYS if kind == "neighbours" else _KEYS
+    kind = _choice(record, "kind", ("server", "neighbours", "collective"))
+    keys = _KEYS | _OWN_KEYS[kind]
     if unknown := sorted(set(record) - keys):
         valid = ", ".join(sorted(keys))
         raise PayloadError(
             f"exchange has the unknown key {unknown[0]!r}; valid with kind {kind!r}: {valid}"
         )
-    size = record.get("payload_bytes")
-    if size is not None and not (_is_int(size) and size >= 0):  # type: ignore[operator]
-        raise PayloadError(f"exchange.payload_bytes is {size!r}; it must be an int, 0 or more")
+    size = _count(record, "payload_bytes")
     if kind == "server":
         if record.get("when", "after") != "after":
             raise PayloadError(
                 f"exchange.when is {record['when']!r}; by way of the server it must be 'after'"
             )
-        return Exchange(kind, size)  # type: ignore[arg-type]
-    return Exchange(kind, size, _read_manner(record), _read_peers(record))  # type: ignore[arg-type]
+        return Exchange(kind, size)
+    if kind == "collective":
+        return Exchange(kind, size, collective=_read_collective(record))
+    return Exchange(kind, size, _read_manner(record), _read_peers(record))
 
 
 def _read_manner(record: ConfigRecord) -> Manner:
@@ -106,6 +139,44 @@ def _read_manner(record: ConfigRecord) -> Manner:
         barrier=barrier,  # type: ignore[arg-type]
         deadline=math.inf if deadline is None else float(deadline),  # type: ignore[arg-type]
     )
+
+
+def _read_collective(record: ConfigRecord) -> Collective:
+    name, group = record.get("collective"), record.get("group", "all")
+    if name not in COLLECTIVES:
+        near = nearest(str(name), COLLECTIVES)
+        meant = f" (did you mean {near!r}?)" if near else ""
+        valid = ", ".join(COLLECTIVES)
+        raise PayloadError(f"exchange.collective is {name!r}{meant}; it must be one of {valid}")
+    if not isinstance(group, str):
+        raise PayloadError(f"exchange.group is {group!r}; it must be a str")
+    latency = record.get("step_latency", 0.0)
+    is_number = isinstance(latency, int | float) and not isinstance(latency, bool)
+    if not (is_number and 0 <= latency < math.inf):  # type: ignore[operator]
+        raise PayloadError(f"exchange.step_latency is {latency!r}; it must be seconds, 0 or more")
+    root = _count(record, "root")
+    if root is not None and name != "binomial_tree":
+        raise PayloadError(
+            f"exchange.root goes with the collective 'binomial_tree', not with {name!r}"
+        )
+    conduct = Conduct(
+        barrier=_choice(record, "barrier", ("global", "local")),  # type: ignore[arg-type]
+        on_failure=_choice(record, "on_failure", ("error", "reroute", "wait")),  # type: ignore[arg-type]
+        on_device_failure=_choice(record, "on_device_failure", ("error", "shrink")),  # type: ignore[arg-type]
+        step_latency=float(latency),  # type: ignore[arg-type]
+        is_overlapped=_choice(record, "when", ("after", "with")) == "with",
+    )
+    return Collective(str(name), group, conduct, _count(record, "fusion_bytes"), root)
+
+
+def _count(record: ConfigRecord, key: str) -> int | None:
+    """Return a number that is no less than 0, if there is one."""
+    value = record.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise PayloadError(f"exchange.{key} is {value!r}; it must be an int, 0 or more")
+    return value
 
 
 def _read_peers(record: ConfigRecord) -> tuple[int, ...] | None:
@@ -133,7 +204,22 @@ def _is_int(value: object) -> bool:
 
 _SERVED = Exchange()
 _KEYS = frozenset({"kind", "when", "payload_bytes"})
-_NEIGHBOUR_KEYS = frozenset({"fanout", "order", "barrier", "deadline", "peers"})
+_OWN_KEYS = {
+    "server": frozenset[str](),
+    "neighbours": frozenset({"fanout", "order", "barrier", "deadline", "peers"}),
+    "collective": frozenset(
+        {
+            "collective",
+            "group",
+            "barrier",
+            "fusion_bytes",
+            "on_failure",
+            "on_device_failure",
+            "step_latency",
+            "root",
+        }
+    ),
+}
 
 
 def round_of(message: Message) -> int:

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsim.errors import NoNodesError, PayloadError
 from fedsim.flower import compat
+from fedsim.flower.collectives import times_of
 from fedsim.flower.grid import NetworkGrid, Traffic
 from fedsim.recorder import RoundRow
 from fedsim.streams import digest
@@ -367,10 +368,11 @@ class _Books:
             raise _Stop
 
     def _own_figures(self, traffic: Traffic) -> dict[str, float]:
-        """Return what only some runs have: error replies, and energy where it is counted."""
+        """Return what only some runs have: error replies, the parts of collectives, energy."""
         figures: dict[str, float] = {}
         if traffic.error_replies:
             figures["error_replies"] = traffic.error_replies
+        figures |= times_of(traffic.collectives)
         energy = self._grid.fleet.energy(self._grid.now)
         if energy is not None:
             total = float(energy.sum())

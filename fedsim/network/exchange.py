@@ -2,8 +2,8 @@
 
 An instruction is a `Trip`: its device waits for its turn, works, and a reply becomes available.
 Every kind of exchange drives trips: `serve`, here, goes by way of the server,
-`fedsim.network.neighbours` between devices. Nothing is a SimPy process: a trip is driven by the
-callbacks of a few events.
+`fedsim.network.neighbours` between devices, `fedsim.network.collective` by a schedule. Nothing is a
+SimPy process: a trip is driven by the callbacks of a few events.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import simpy
 
 from fedsim.errors import NetworkError
-from fedsim.network.transfers import Delivery, Network, Transfer
+from fedsim.network.transfers import Delivery, Network
 
 __all__ = ["Compute", "Trip", "at", "serve", "then"]
 
@@ -36,6 +36,13 @@ class Compute(Protocol):
         """Count what a device has sent or received, headers included."""
 
 
+class Cancellable(Protocol):
+    """What can be taken off the network."""
+
+    def cancel(self) -> None:
+        """Take it off; without effect if it is over."""
+
+
 @dataclass(slots=True, eq=False)
 class Trip:
     """One instruction and its reply in virtual time.
@@ -54,10 +61,11 @@ class Trip:
         Virtual seconds: handed over by the strategy, at the device, work begins, work done, the
         device's part is over (its reply is at the server, or the trip failed). NaN until they
         happen; `started` and `computed` are known, and set, as soon as the device begins.
-    exchange : {"server", "neighbours"}
+    exchange : {"server", "neighbours", "collective"}
         How it travels.
     neighbours : tuple of int
-        Devices that it sent its payload to (between neighbours only).
+        Devices that it sent its payload to (between neighbours), or whose vectors are in the sum
+        besides its own (collective).
     payloads : dict of int to object
         Sender → what its payload carries, of those that came in time (between neighbours only).
     is_closed : bool
@@ -67,8 +75,8 @@ class Trip:
         ``failed-down``, ``failed-up`` (a link broke), ``failed-device`` (the device went away and
         dropped the work), ``cancelled-down``, ``cancelled`` (during its work), ``cancelled-up``
         or ``expired`` (the reply outlived its TTL).
-    transfer : Transfer or None
-        The payload that is under way between server and device.
+    transfer : Cancellable or None
+        What is under way for it: a payload between server and device, or a whole collective.
     """
 
     message_id: str
@@ -89,10 +97,10 @@ class Trip:
     payloads: dict[int, Any] = field(default_factory=dict)
     is_closed: bool = False
     is_cancelled: bool = False
-    transfer: Transfer | None = None
+    transfer: Cancellable | None = None
 
     def cancel(self) -> None:
-        """Take its payload off the network, and send no reply when its work is done."""
+        """Take what is under way for it off the network; send no reply when its work is done."""
         self.is_cancelled = True
         if self.transfer is not None:
             self.transfer.cancel()
@@ -185,8 +193,8 @@ def serve(
             end("ok")
 
     if compute.is_available(trip.device, env.now):
-        trip.transfer = network.transfer(server, trip.device, trip.bytes_down)
-        then(trip.transfer, receive)
+        trip.transfer = download = network.transfer(server, trip.device, trip.bytes_down)
+        then(download, receive)
     else:
         at(env, env.now, lambda _: end("offline"))
 

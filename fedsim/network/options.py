@@ -122,7 +122,7 @@ class TransferOptions:
         """Return the number of packets of a message."""
         return ceil(size_bytes / self.packet_bytes)
 
-    def wire_bits(self, size_bytes: int) -> float:
+    def wire_bits(self, size_bytes: float) -> float:
         """Return the bits that a message puts on the network, headers included."""
         n_bytes = size_bytes + self.header_bytes
         if self.packet_header_bytes:

@@ -12,8 +12,9 @@ waits for many of them handles loss as data.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, isnan, log1p, nan
-from typing import Literal
+from typing import Any, Literal
 
+import networkx as nx
 import numpy as np
 import simpy
 
@@ -27,9 +28,10 @@ from fedsim.network.states import LinkStates
 from fedsim.network.wiring import LinkTable, Wiring
 from fedsim.streams import bits
 
-__all__ = ["Delivery", "LinkUse", "Network", "Transfer"]
+__all__ = ["Delivery", "LinkDown", "LinkUse", "Network", "Spread", "Transfer"]
 
 Outcome = Literal["delivered", "lost", "failed"]
+LinkDown = Literal["stall", "fail", "reroute"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,30 @@ class Delivery:
     route: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a payload travels that does not take one route by the network's own options.
+
+    Attributes
+    ----------
+    shares : mapping of int to float
+        Link id → share of the payload that crosses it; several routes are used at once, and the
+        latency is their mean.
+    link_down : {"stall", "fail", "reroute"}
+        Instead of the network's `TransferOptions.link_down`.
+    detour : callable, optional
+        Returns the shares over links that are up now, for ``reroute``; raises where there are none.
+    exact_bytes : float, optional
+        What takes time on the links, where a payload is cut into equal pieces that are no whole
+        bytes.
+    """
+
+    shares: Mapping[int, float]
+    link_down: LinkDown
+    detour: Callable[[], Mapping[int, float]] | None = None
+    exact_bytes: float | None = None
+
+
 class Transfer(simpy.Event):
     """A payload on its way: an event that succeeds with a `Delivery`.
 
@@ -93,14 +119,17 @@ class Transfer(simpy.Event):
         "is_over",
         "is_waiting",
         "latency",
+        "link_down",
         "log_survival",
         "loss",
         "network",
         "next_growth",
         "rate_cap",
         "route",
+        "shares",
         "size_bytes",
         "source",
+        "spread",
         "stalled_since",
         "started",
         "version",
@@ -129,6 +158,9 @@ class Transfer(simpy.Event):
         self.weight = weight
         self.cap_bps = cap_bps
         self.consumption: dict[int, float] | None = None
+        self.spread: Spread | None = None
+        self.shares: Mapping[int, float] | None = None  # of a payload on several routes
+        self.link_down: LinkDown = network.options.link_down
         self.wire_bits = network.options.wire_bits(size_bytes)
         self.latency = 0.0
         self.attempts = 1
@@ -223,6 +255,8 @@ class Network:
     server : int or None
         Node id of the server.
     n_nodes : int
+    graph : networkx.Graph or None
+        What it was made from; None for a star.
     on_close : callable or None
         Called with each `Delivery` when its payload has arrived or was given up.
     """
@@ -243,6 +277,7 @@ class Network:
         self.options = options or TransferOptions()
         self.server = wiring.server
         self.n_nodes = wiring.n_nodes
+        self.graph: nx.Graph[Any] | None = wiring.graph
         self.on_close: Callable[[Delivery], None] | None = None
         self._wiring = wiring
         self._latency = table.latency
@@ -271,6 +306,7 @@ class Network:
             and self.options.window_bytes is None
             and self.options.header_efficiency == 1.0
         )
+        self._down_at: tuple[float, frozenset[tuple[int, int]]] = (nan, frozenset())
         self._clock = Clock(env, self._on_due, self._on_end)
 
     # What users do
@@ -285,6 +321,7 @@ class Network:
         cap_bps: float = inf,
         route: Sequence[str] | None = None,
         consumption: Mapping[str, float] | None = None,
+        spread: Spread | None = None,
     ) -> Transfer:
         """Send a payload now.
 
@@ -303,6 +340,8 @@ class Network:
         consumption : mapping of str to float, optional
             Capacity that one bit/s takes on a link of the route, where it is not 1 (a shared
             medium whose capacity is time: 1 / rate of the station).
+        spread : Spread, optional
+            Several routes at once, and what happens when one of them breaks.
 
         Returns
         -------
@@ -319,11 +358,18 @@ class Network:
                 f"payload {source} → {destination}: size must not be negative, weight and cap must "
                 f"be positive, got {size_bytes} bytes, {weight:g} and {cap_bps:g} bit/s"
             )
-        if route is None:
+        if spread is not None:
+            links = tuple(spread.shares)
+        elif route is None:
             links = self._wiring.route(source, destination)
         else:
             links = tuple(link for name in route for link in self._wiring.find(name))
         transfer = Transfer(self, source, destination, size_bytes, links, weight, cap_bps)
+        if spread is not None:
+            transfer.spread, transfer.shares = spread, spread.shares
+            transfer.link_down = spread.link_down
+            if spread.exact_bytes is not None:
+                transfer.wire_bits = self.options.wire_bits(spread.exact_bytes)
         if consumption:
             transfer.consumption = {
                 link: value
@@ -361,6 +407,7 @@ class Network:
         """
         if bandwidth_bps is not None and not bandwidth_bps >= 0:
             raise NetworkError(f"link {name}: negative bandwidth {bandwidth_bps:g} bit/s")
+        self._down_at = nan, frozenset()
         for link in self._wiring.find(name):
             self._states.set_link(link, up, bandwidth_bps)
             self._force(link)
@@ -369,6 +416,7 @@ class Network:
 
     def set_node(self, node: int, *, up: bool) -> None:
         """Let a node die or come back: its links go with it, payloads from or to it fail."""
+        self._down_at = nan, frozenset()
         self._states.set_node(node, up)
         if not up:
             for transfer in [t for t in self._active if node in (t.source, t.destination)]:
@@ -402,6 +450,27 @@ class Network:
     def link_name(self, link: int) -> str:
         """Return the name of a link id."""
         return self._wiring.name(link)
+
+    def route(self, source: int, destination: int) -> tuple[int, ...]:
+        """Return the link ids of the shortest route between two nodes."""
+        return self._wiring.route(source, destination)
+
+    def link_ends(self) -> list[tuple[int, int]]:
+        """Return the nodes that each link leads from and to, in order of link ids."""
+        return [self._wiring.ends(link) for link in range(len(self._latency))]
+
+    def down_now(self) -> frozenset[tuple[int, int]]:
+        """Return the pairs of nodes between which a link is down now."""
+        now = self.env.now
+        if self._down_at[0] != now:
+            ends, is_up = self.link_ends(), self._states.is_up
+            down = [pair for link, pair in enumerate(ends) if not is_up(link, now)]
+            self._down_at = now, frozenset((min(pair), max(pair)) for pair in down)
+        return self._down_at[1]
+
+    def is_dead(self, node: int) -> bool:
+        """Return whether a node is down now."""
+        return self._states.is_dead(node, self.env.now)
 
     def link_uses(self) -> list[LinkUse]:
         """Return what each link that was ever used has carried, in order of link ids."""
@@ -437,7 +506,7 @@ class Network:
                 head + f"{delivery.outcome} at {delivery.finished:g} s {delivery.reason}".rstrip()
             )
         names = " → ".join(map(self.link_name, transfer.route)) or "no links"
-        latency = self._route_latency(transfer.route)
+        latency = self._route_latency(transfer)
         head += f"route {names}, latency {latency:g} s; "
         flow = transfer.flow
         if flow is None:
@@ -501,15 +570,15 @@ class Network:
                 self._miss(transfer, "failed", f"node {node} is down")
                 return
 
-    def _route_latency(self, route: tuple[int, ...]) -> float:
-        latency = self._latency
+    def _route_latency(self, transfer: Transfer) -> float:
+        latency, shares = self._latency, transfer.shares
         total = 0.0
-        for link in route:
-            total += latency.item(link)
+        for link in transfer.route:
+            total += latency.item(link) * (1.0 if shares is None else shares[link])
         return total
 
     def _start_latency(self, transfer: Transfer, now: float) -> None:
-        latency = transfer.latency = self._route_latency(transfer.route)
+        latency = transfer.latency = self._route_latency(transfer)
         delay = self.options.setup(latency)
         if delay > 0:
             self._clock.at(now + delay, ARRIVAL, self._enter, transfer, transfer.version)
@@ -538,10 +607,11 @@ class Network:
             )
             weight *= options.weight(transfer.latency)
         uses: dict[int, float] = {}
-        capacity = self._fluid.capacity
+        capacity, shares = self._fluid.capacity, transfer.shares
         for link in transfer.route:
             if capacity.item(link) < inf:
-                uses[link] = uses.get(link, 0.0) + one
+                share = one if shares is None else one * shares[link]
+                uses[link] = uses.get(link, 0.0) + share
         if transfer.consumption:
             uses.update({link: one * each for link, each in transfer.consumption.items()})
         if not uses and cap == inf:
@@ -590,9 +660,9 @@ class Network:
                 packets = self.options.packets(transfer.size_bytes)
                 share = n_bits / transfer.wire_bits if transfer.wire_bits else 1.0
                 transfer.log_survival += share * packets * log1p(-transfer.loss)
-        carried = self._carried
+        carried, shares = self._carried, transfer.shares
         for link in transfer.route:
-            carried[link] += sent
+            carried[link] += sent if shares is None else sent * shares[link]
 
     def _arrive(self, transfer: Transfer) -> None:
         """Decide whether the payload whose last bit is there counts as delivered."""
@@ -668,7 +738,8 @@ class Network:
                 lost = 0.0 if watch.burst and self.options.loss == "drop" else watch.loss
             else:
                 lost = 0.0 if self._loss is None else self._loss.item(link)
-            arrives *= 1.0 - lost
+            share = 1.0 if transfer.shares is None else transfer.shares[link]
+            arrives *= 1.0 - lost * share
         return 1.0 - arrives
 
     def _survival(self, transfer: Transfer) -> float:
@@ -685,16 +756,12 @@ class Network:
     def _watch_route(self, transfer: Transfer, now: float) -> bool:
         """Follow the links of a payload's route; tell whether it may go on."""
         broken = self._watch(transfer, now)
-        if broken is None or self.options.link_down == "stall":
+        if broken is None or transfer.link_down == "stall":
             return True
-        if self.options.link_down == "fail":
+        if transfer.link_down == "fail":
             self._miss(transfer, "failed", f"link {self.link_name(broken)} is down")
             return False
-        detour = self._detour(transfer)
-        if detour is not None:
-            self._unwatch(transfer)
-            transfer.route = detour
-            self._watch(transfer, now)
+        self._take_detour(transfer, now)
         return True
 
     def _watch(self, transfer: Transfer, now: float) -> int | None:
@@ -713,11 +780,24 @@ class Network:
                 broken = link
         return broken
 
-    def _detour(self, transfer: Transfer) -> tuple[int, ...] | None:
-        now = self.env.now
-        return self._wiring.detour(
-            transfer.source, transfer.destination, lambda link: self._states.is_up(link, now)
-        )
+    def _take_detour(self, transfer: Transfer, now: float) -> bool:
+        """Put a payload on another way over links that are up; tell if there is one."""
+        spread = transfer.spread
+        shares: Mapping[int, float] | None = None
+        if spread is not None and spread.detour is not None:
+            shares = spread.detour()
+            detour: tuple[int, ...] | None = tuple(shares)
+        else:
+            detour = self._wiring.detour(
+                transfer.source, transfer.destination, lambda link: self._states.is_up(link, now)
+            )
+        if detour is None:
+            return False
+        self._leave(transfer, now)
+        self._unwatch(transfer)
+        transfer.route, transfer.shares = detour, shares
+        self._watch(transfer, now)
+        return True
 
     def _schedule_change(self, watch: _Watch, now: float) -> None:
         when = self._states.next_change(watch.link, now)
@@ -745,22 +825,16 @@ class Network:
                 if transfer.flow is not None:
                     self._leave(transfer, now)
                     self._join(transfer, now)
-        if was_up and not watch.is_up and self.options.link_down != "stall":
+        if was_up and not watch.is_up:
             for transfer in list(watch.users):
-                if not transfer.is_over:
+                if not transfer.is_over and transfer.link_down != "stall":
                     self._break(transfer, watch, now)
 
     def _break(self, transfer: Transfer, watch: _Watch, now: float) -> None:
         """Apply the link-down policy to a payload on a link that has just gone down."""
-        if self.options.link_down == "fail":
+        if transfer.link_down == "fail":
             self._miss(transfer, "failed", f"link {self.link_name(watch.link)} went down")
-            return
-        detour = self._detour(transfer)
-        if detour is not None:
-            self._leave(transfer, now)
-            self._unwatch(transfer)
-            transfer.route = detour
-            self._watch(transfer, now)
+        elif self._take_detour(transfer, now):
             self._start_latency(transfer, now)
 
     def _force(self, link: int) -> None:

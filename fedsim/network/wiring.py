@@ -72,6 +72,7 @@ class Wiring(Protocol):
 
     n_nodes: int
     server: int | None
+    graph: "nx.Graph[Any] | None"
 
     def name(self, link: int) -> str:
         """Return a link's name."""
@@ -110,6 +111,7 @@ class StarWiring:
     def __init__(self, n_devices: int) -> None:
         self._n = n_devices
         self.n_nodes = n_devices + 1
+        self.graph: nx.Graph[Any] | None = None
         self.server: int | None = n_devices
 
     def name(self, link: int) -> str:
@@ -197,6 +199,7 @@ class GraphWiring:
         if sorted(graph.nodes) != list(range(len(graph))):
             raise NetworkError("the nodes of a network graph must be 0 … n-1")
         self.n_nodes = len(graph)
+        self.graph: nx.Graph[Any] | None = graph
         servers = [node for node, data in graph.nodes(data=True) if data.get("role") == "server"]
         self.server: int | None = servers[0] if len(servers) == 1 else None
         self._names: list[str] = []
@@ -373,6 +376,7 @@ class ListedWiring:
             twice = next(a for a, b in pairwise(sorted(self._names)) if a == b)
             raise NetworkError(f"link {twice} is named twice")
         self.n_nodes = 0
+        self.graph: nx.Graph[Any] | None = None
         self.server: int | None = None
 
     def name(self, link: int) -> str:
