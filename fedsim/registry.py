@@ -71,6 +71,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "strategy": {
             "ad_psgd": "strategies.pairwise:ADPSGD",
             "adom": "strategies.accelerated:ADOM",
+            "allreduce": "strategies.allreduce:AllReduceSGD",
             "bulyan": "strategies.linear:Bulyan",
             "choco_sgd": "strategies.choco:ChocoSGD",
             "compressed_sgd": "strategies.mcm:CompressedSGD",

@@ -12,8 +12,7 @@ failure.
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from strategies.arrivals import Arrivals, rows_in
 from strategies.common import mean_metrics, row_records, stack_of
+from strategies.layout import Layout, tensors_of
 from topologies.attributes import Graph
 
 __all__ = ["PeerGraph", "PeerStrategy", "State", "row_bytes"]
@@ -45,51 +45,6 @@ PeerGraph = Graph | Callable[[int], Graph]
 def row_bytes(rows: Tensor) -> int:
     """Return the bytes of one row."""
     return rows[0].numel() * rows.element_size()
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Which columns of a row hold which array; floating arrays only, in the widest type."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    starts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "_Layout":
-        floats = {key: value for key, value in tensors.items() if value.is_floating_point()}
-        if not floats:
-            raise ValueError(f"arrays {list(tensors)}: none of them is of a floating type")
-        starts = np.cumsum([0, *(value.numel() for value in floats.values())]).tolist()
-        shapes = tuple(tuple(value.shape) for value in floats.values())
-        return cls(tuple(floats), shapes, tuple(v.dtype for v in floats.values()), tuple(starts))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        widest = self.dtypes[0]
-        for dtype in self.dtypes[1:]:
-            widest = torch.promote_types(widest, dtype)
-        return widest
-
-    def columns(self) -> dict[str, slice]:
-        ends = zip(self.names, self.starts, self.starts[1:], strict=False)
-        return {name: slice(start, stop) for name, start, stop in ends}
-
-    def flatten(self, stacks: Mapping[str, Tensor]) -> Tensor:
-        """Return rows ``(n, p)`` of stacked tensors ``(n, *shape)``; others are left out."""
-        parts = [stacks[name].reshape(len(stacks[name]), -1) for name in self.names]
-        return torch.cat([part.to(self.dtype) for part in parts], dim=1)
-
-    def views(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return the stacked tensors of rows, each in its own type."""
-        found = zip(self.columns().values(), self.shapes, self.dtypes, strict=True)
-        tensors = [rows[:, at].reshape(-1, *shape).to(dtype) for at, shape, dtype in found]
-        return dict(zip(self.names, tensors, strict=True))
-
-
-def _tensors_of(arrays: ArrayRecord) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(np.array(array.numpy())) for key, array in arrays.items()}
 
 
 # --- the base -------------------------------------------------------------------------------------
@@ -269,7 +224,7 @@ class PeerStrategy(Strategy):
         self.state: State = {}
         self._keys: list[str] = []
         self._others: State = {}  # arrays that are not floating: counters
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._rate = self.learning_rate
         self._graph: Graph | None = None
 
@@ -392,8 +347,8 @@ class PeerStrategy(Strategy):
         new = sorted(set(online) - set(self.nodes))
         if not new:
             return
-        tensors = _tensors_of(arrays)
-        self._layout = self._layout or _Layout.of(tensors)
+        tensors = tensors_of(arrays)
+        self._layout = self._layout or Layout.of(tensors)
         self._keys = self._keys or list(tensors)
         row = self._layout.flatten({key: value[None] for key, value in tensors.items()})
         others = {k: v[None].repeat(len(new), *[1] * v.dim()) for k, v in tensors.items()}
