@@ -26,13 +26,7 @@ from torch import Tensor
 from strategies.common import mean_metrics, row_records, stack_of
 from strategies.layout import Layout, tensors_of
 from strategies.optimizers import Kind, Moments, RankOptimizer
-from strategies.reduction import (
-    WIRE_TYPES,
-    ChunkFaults,
-    keep_largest,
-    run_schedule,
-    schedule_for,
-)
+from strategies.reduction import ChunkFaults, Reduction, one_of, schedule_for
 from topologies.placement import COLLECTIVES
 from topologies.profiles import profile
 from topologies.schedules import Schedule
@@ -61,8 +55,14 @@ class AllReduceSGD(Strategy):
         Of the optimiser (K = 1), or of the local steps (K > 1). Default: the train config's.
     server_learning_rate : float, optional
         Of the optimiser where K > 1; default 1.
-    momentum, betas, epsilon, weight_decay
-        See `strategies.optimizers.RankOptimizer`.
+    momentum : float
+        m of ``momentum`` and ``nesterov``.
+    betas : (float, float)
+        Decay rates of Adam's moments.
+    epsilon : float
+        Added to the root of Adam's second moment.
+    weight_decay : float
+        Times the model, added to the mean gradient.
     rate_schedule : callable, optional
         ``round -> factor`` on `learning_rate`, rounds from 1.
     weighted_by_key : str, optional
@@ -169,13 +169,11 @@ class AllReduceSGD(Strategy):
         self.server_learning_rate = server_learning_rate
         self.rate_schedule = rate_schedule
         self.weighted_by_key = weighted_by_key
-        self.arithmetic = arithmetic
+        faults = ChunkFaults(chunk_loss, chunk_corruption, seed)
+        self.reduction = Reduction(arithmetic, wire_dtype, top_k, faults)
         self.levels = levels
         self.schedule = schedule
-        self.wire_dtype = wire_dtype
-        self.top_k = top_k
         self.error_feedback = error_feedback
-        self.faults = ChunkFaults(chunk_loss, chunk_corruption, seed)
         self.payload = payload
         self.barrier = barrier
         self.fusion_bytes = fusion_bytes
@@ -190,12 +188,10 @@ class AllReduceSGD(Strategy):
 
     def _check(self) -> None:
         """Refuse arguments that are unknown, out of range or do not go together."""
-        _one_of("collective", self.collective, COLLECTIVES)
-        _one_of("arithmetic", self.arithmetic, ("mean", "schedule"))
-        _one_of("wire_dtype", self.wire_dtype, (None, *WIRE_TYPES))
-        _one_of("barrier", self.barrier, ("global", "local"))
-        _one_of("on_failure", self.on_failure, ("error", "reroute", "wait"))
-        _one_of("on_device_failure", self.on_device_failure, ("error", "shrink"))
+        one_of("collective", self.collective, COLLECTIVES)
+        one_of("barrier", self.barrier, ("global", "local"))
+        one_of("on_failure", self.on_failure, ("error", "reroute", "wait"))
+        one_of("on_device_failure", self.on_device_failure, ("error", "shrink"))
         _at_least("exchange_period", self.exchange_period, 1)
         for name in ("learning_rate", "server_learning_rate", "fusion_bytes", "step_latency"):
             _at_least(name, getattr(self, name), 0)
@@ -206,15 +202,12 @@ class AllReduceSGD(Strategy):
                 f"server_learning_rate = {self.server_learning_rate}: with exchange_period = 1 the "
                 "one rate is learning_rate"
             )
-        if self.top_k is not None and not 0 < self.top_k <= 1:
-            raise ValueError(f"top_k = {self.top_k}: must be above 0 and at most 1")
-        if self.top_k is not None and self.collective != "all_to_all":
+        top_k = self.reduction.top_k
+        if top_k is not None and self.collective != "all_to_all":
             raise ValueError(
-                f"top_k = {self.top_k} with collective = {self.collective!r}: partial sums of "
+                f"top_k = {top_k} with collective = {self.collective!r}: partial sums of "
                 "sparse vectors fill up; use all_to_all"
             )
-        if self.faults and self.arithmetic != "schedule":
-            raise ValueError("chunk_loss and chunk_corruption need arithmetic = 'schedule'")
         if isinstance(self.payload, str):
             profile(self.payload)
         else:
@@ -250,7 +243,7 @@ class AllReduceSGD(Strategy):
         log(
             INFO, "\t├──> AllReduceSGD by %s, every %d steps", self.collective, self.exchange_period
         )
-        log(INFO, "\t└──> %s, arithmetic: %s", self.optimizer, self.arithmetic)
+        log(INFO, "\t└──> %s, arithmetic: %s", self.optimizer, self.reduction.arithmetic)
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -375,12 +368,11 @@ class AllReduceSGD(Strategy):
             return profile(self.payload).n_bytes
         if self.payload is not None:
             return self.payload
-        if self._layout is None or (self.wire_dtype is None and self.top_k is None):
+        if self._layout is None or (
+            self.reduction.wire_dtype is None and self.reduction.top_k is None
+        ):
             return None
-        dtype = self._layout.dtype if self.wire_dtype is None else WIRE_TYPES[self.wire_dtype]
-        if self.top_k is None:
-            return self._layout.starts[-1] * dtype.itemsize
-        return self._n_kept() * (dtype.itemsize + 4)
+        return self.reduction.payload_bytes(self._layout.starts[-1], self._layout.dtype)
 
     # --- arithmetic ---------------------------------------------------------------------------
 
@@ -410,36 +402,14 @@ class AllReduceSGD(Strategy):
         return weights / weights.sum()
 
     def _reduce(self, vectors: Tensor, weights: Tensor) -> Tensor:
-        """Return Σ w_i g_i as the ranks hold it: one row if all hold the same, else one each."""
-        dtype = vectors.dtype
-        wire = dtype if self.wire_dtype is None else WIRE_TYPES[self.wire_dtype]
-        weights = weights.to(vectors.device, dtype)
-        if self.top_k is not None:
-            vectors = self._sparse(vectors, wire)
-        if self.arithmetic == "mean" or len(vectors) == 1:
-            rounded = (weights[:, None] * vectors).to(wire).to(dtype) if wire != dtype else None
-            total = weights @ vectors if rounded is None else rounded.sum(0)
-            return total[None].to(wire).to(dtype)
-        shares = (weights[:, None] * vectors).to(wire)
-        held = run_schedule(
-            self._schedule(len(vectors)), shares, number=self.round, faults=self.faults
-        )
-        is_common = bool((held == held[0]).all())
-        return (held[:1] if is_common else held).to(dtype)
-
-    def _sparse(self, vectors: Tensor, wire: torch.dtype) -> Tensor:
-        """Return the largest entries of each row as they travel; remember the rest."""
-        if self._left_out is not None:
-            vectors = vectors + self._left_out.to(vectors.device)
-        kept = keep_largest(vectors, self._n_kept()).to(wire).to(vectors.dtype)
-        if self.error_feedback:
-            self._left_out = vectors - kept
-        return kept
-
-    def _n_kept(self) -> int:
-        assert self._layout is not None
-        assert self.top_k is not None
-        return max(1, round(self.top_k * self._layout.starts[-1]))
+        """Return the mean as the ranks hold it; remember what top_k left out."""
+        if self.reduction.top_k is not None:
+            if self._left_out is not None:
+                vectors = vectors + self._left_out.to(vectors.device)
+            kept = self.reduction.sparse(vectors)
+            self._left_out = vectors - kept if self.error_feedback else None
+            vectors = kept
+        return self.reduction.total(vectors, weights, self._schedule, self.round)
 
     def _schedule(self, n_ranks: int) -> Schedule:
         """Return the order of additions; where survivors' number has none, the servers'."""
@@ -536,13 +506,6 @@ class AllReduceSGD(Strategy):
 def _picked(rows: Tensor, which: Tensor) -> Tensor:
     """Return some of the rows; one row for all stays one."""
     return rows if len(rows) == 1 else rows[which.to(rows.device)]
-
-
-def _one_of(name: str, value: object, valid: Iterable[object]) -> None:
-    choices = list(valid)
-    if value not in choices:
-        words = ", ".join(str(each) for each in choices if each is not None)
-        raise ValueError(f"{name} = {value!r}: must be one of {words}")
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:

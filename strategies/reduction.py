@@ -6,8 +6,9 @@ the number of ranks alone, for who has no graph.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +20,10 @@ from topologies import collectives
 from topologies.placement import COLLECTIVES
 from topologies.schedules import Schedule
 
-__all__ = ["WIRE_TYPES", "ChunkFaults", "keep_largest", "run_schedule", "schedule_for"]
+__all__ = ["ChunkFaults", "Reduction", "keep_largest", "one_of", "run_schedule", "schedule_for"]
 
 BoolArray = NDArray[np.bool_]
-WIRE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What a vector may be rounded to before it travels."""
+_WIRE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -79,6 +79,87 @@ class ChunkFaults:
 
     def _draw(self, purpose: str, number: int, step: int, n_sends: int) -> NDArray[np.float64]:
         return np.asarray(KeyedDraws(self.seed, purpose, number, step)((n_sends,))[0].numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How Σ w_i g_i is formed of the ranks' vectors.
+
+    Parameters
+    ----------
+    arithmetic : {"mean", "schedule"}
+        One reduction for all ranks; or real additions in the order of a collective.
+    wire_dtype : {"float16", "bfloat16", "float32"}, optional
+        The vectors are rounded to it and summed in it. Default: their own type.
+    top_k : float, optional
+        Share of its entries, the largest, that a rank sends; at least one.
+    faults : ChunkFaults
+        Of `arithmetic: schedule`.
+
+    Raises
+    ------
+    ValueError
+        If a value is unknown or out of its range, or two do not go together.
+    """
+
+    arithmetic: Literal["mean", "schedule"] = "mean"
+    wire_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    top_k: float | None = None
+    faults: ChunkFaults = ChunkFaults()
+
+    def __post_init__(self) -> None:
+        one_of("arithmetic", self.arithmetic, ("mean", "schedule"))
+        one_of("wire_dtype", self.wire_dtype, (None, *_WIRE_TYPES))
+        if self.top_k is not None and not 0 < self.top_k <= 1:
+            raise ValueError(f"top_k = {self.top_k}: must be above 0 and at most 1")
+        if self.faults and self.arithmetic != "schedule":
+            raise ValueError("chunk_loss and chunk_corruption need arithmetic = 'schedule'")
+
+    def payload_bytes(self, size: int, dtype: torch.dtype) -> int:
+        """Return what a vector of so many numbers of a type weighs: an index takes 4 bytes."""
+        each = self._wire(dtype).itemsize
+        return size * each if self.top_k is None else self._n_kept(size) * (each + 4)
+
+    def sparse(self, vectors: Tensor) -> Tensor:
+        """Return what of each vector travels under `top_k`, rounded, the rest zero."""
+        kept = keep_largest(vectors, self._n_kept(vectors.shape[1]))
+        return kept.to(self._wire(vectors.dtype)).to(vectors.dtype)
+
+    def total(
+        self,
+        vectors: Tensor,
+        weights: Tensor,
+        schedule: Callable[[int], Schedule],
+        number: int = 0,
+    ) -> Tensor:
+        """Return Σ w_i g_i as the ranks hold it: one row if all hold the same, else one each.
+
+        Parameters
+        ----------
+        vectors : Tensor, shape (n, p)
+        weights : Tensor of float64, shape (n,)
+        schedule : callable
+            Number of ranks → the order of additions.
+        number : int
+            The round, which keys the faults.
+        """
+        dtype, wire = vectors.dtype, self._wire(vectors.dtype)
+        weights = weights.to(vectors.device, dtype)
+        if self.arithmetic == "mean" or len(vectors) == 1:
+            if wire == dtype:
+                return (weights @ vectors)[None]
+            shares = (weights[:, None] * vectors).to(wire).to(dtype)
+            return shares.sum(0, keepdim=True).to(wire).to(dtype)
+        shares = (weights[:, None] * vectors).to(wire)
+        held = run_schedule(schedule(len(shares)), shares, number=number, faults=self.faults)
+        is_common = bool((held == held[0]).all())
+        return (held[:1] if is_common else held).to(dtype)
+
+    def _wire(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self.wire_dtype is None else _WIRE_TYPES[self.wire_dtype]
+
+    def _n_kept(self, size: int) -> int:
+        return size if self.top_k is None else max(1, round(self.top_k * size))
 
 
 def run_schedule(
@@ -168,8 +249,7 @@ def schedule_for(collective: str, ranks: int, levels: int | None = None) -> Sche
     >>> schedule_for("bml", 16).name, schedule_for("bml", 16, levels=4).name
     ('bml(4,2)', 'bml(2,4)')
     """
-    if collective not in COLLECTIVES:
-        raise ValueError(f"collective = {collective!r}: must be one of {', '.join(COLLECTIVES)}")
+    one_of("collective", collective, COLLECTIVES)
     if ranks < 2:
         raise ValueError(f"ranks = {ranks}: a collective needs at least 2")
     if collective in ("bml", "dimension_rings", "rotated_rings") or (
@@ -209,3 +289,11 @@ def _bcube_of(ranks: int, levels: int | None) -> tuple[int, int]:
         if n >= 2 and n**k == ranks:
             return n, k
     raise ValueError(f"levels = {levels}: {ranks} ranks are no BCube(n, {levels})")
+
+
+def one_of(name: str, value: object, valid: Iterable[object]) -> None:
+    """Raise a ValueError that names the choices if a value is none of them."""
+    choices = list(valid)
+    if value not in choices:
+        words = ", ".join(str(each) for each in choices if each is not None)
+        raise ValueError(f"{name} = {value!r}: must be one of {words}")
