@@ -54,21 +54,25 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     .. [1] Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     with np.errstate(over="ignore"):
-        z = values + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
+        z = np.asarray(values + _GOLDEN, dtype=np.uint64)
+        z ^= z >> np.uint64(30)
+        z *= _MIX_1
+        z ^= z >> np.uint64(27)
+        z *= _MIX_2
+        z ^= z >> np.uint64(31)
+    return z
 
 
-def bits(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.uint64]:
-    """Return keyed 64-bit draws; `words` are integers or integer arrays that broadcast.
+def bits(seed: int | NDArray[np.int64], purpose: str, *words: ArrayLike) -> NDArray[np.uint64]:
+    """Return keyed 64-bit draws; `seed` and `words` are integers or arrays that broadcast.
 
     Returns
     -------
     ndarray of uint64
         One draw for each element of the broadcast words; a 0-d array if all are scalars.
     """
-    key = mix64(np.asarray(digest(seed), np.uint64))
+    start = digest(seed) if isinstance(seed, int) else seed.astype(np.uint64)
+    key = mix64(np.asarray(start, np.uint64))
     key = mix64(key ^ np.uint64(digest(purpose)))
     for word in words:
         key = mix64(key ^ np.asarray(word).astype(np.uint64))

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from strategies.compression import Compressor, Identity, Packed, Quantise, Sign, pack, runs_of
-from strategies.halves import Draws, KeyedDraws
+from strategies.halves import Draws, KeyedDraws, RoundDraws
 
 __all__ = [
     "SCHEMES",
@@ -414,6 +414,7 @@ class Server:
         self.velocity = torch.zeros_like(model) if scheme.momentum else None
         self._first = model
         self._seeds = np.asarray(seeds, np.int64)
+        self._ahead: dict[int, RoundDraws] = {}  # number of groups → draws of messages to them
         self._error = torch.zeros_like(model) if scheme.down_feedback else None
         self._rates: Tensor | None = None  # (n, 1) or (n, P), where devices differ
         self._rate_down = scheme.rate_down(self.blocks, model)
@@ -520,11 +521,8 @@ class Server:
     def send_model(self, k: int, groups: Tensor | slice = slice(None)) -> Packed:
         """Return the messages of round k for groups (g,), as rows (R g, P), and move memories."""
         memory = self.down_memory[:, groups]
-        number = np.arange(self.down_memory.shape[1])[
-            groups if isinstance(groups, slice) else groups.numpy()
-        ]
         difference = (self.model[:, None] - memory).flatten(0, 1)
-        packed = pack(self.scheme.down, difference, self._draws(k, number), self.blocks)
+        packed = pack(self.scheme.down, difference, self._draws(k, groups), self.blocks)
         if self.scheme.moves_down_memory:
             moved = memory + self._rate_down * packed.values.view_as(memory)
             if isinstance(groups, slice):
@@ -533,13 +531,21 @@ class Server:
                 self.down_memory[:, groups] = moved
         return packed
 
-    def _draws(self, k: int, groups: IntArray | None = None) -> Draws:
+    def _draws(self, k: int, groups: Tensor | slice | None = None) -> Draws:
+        """Return the draws of a message to all (None), or of those to some groups."""
         if self._is_nearest:
             return nearest
-        groups = np.zeros(1, np.int64) if groups is None else groups
-        seeds = np.repeat(self._seeds, len(groups))
-        number = np.tile(groups, len(self._seeds))
-        return KeyedDraws(seeds, "downlink", k, number, device=self.model.device)
+        number = np.zeros(1, np.int64) if groups is None else np.arange(self.down_memory.shape[1])
+        if isinstance(groups, Tensor):
+            number = number[groups.numpy()]
+        seeds, device = np.repeat(self._seeds, len(number)), np.tile(number, len(self._seeds))
+        place = self.model.device
+        if isinstance(groups, Tensor):
+            return KeyedDraws(seeds, "downlink", k, device, device=place)
+        if len(number) not in self._ahead:
+            width = self.model.shape[1]
+            self._ahead[len(number)] = RoundDraws(seeds, "downlink", device, width, place)
+        return self._ahead[len(number)].at(k)
 
 
 def _longer(rows: Tensor, n: int, fill: Tensor | float) -> Tensor:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -37,6 +38,7 @@ __all__ = [
     "KeyedDraws",
     "LocalTerms",
     "Payload",
+    "RoundDraws",
     "as_mod",
     "merged_config",
 ]
@@ -44,6 +46,7 @@ __all__ = [
 Tensors = dict[str, Tensor]
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BLOCK = 1 << 15  # elements of a row hashed at a time: they stay in the cache
+_AHEAD = 1 << 17  # numbers drawn at a time for rounds to come
 
 
 class Draws(Protocol):
@@ -101,6 +104,55 @@ class KeyedDraws:
             z.bitwise_xor_(_shifted(z, 31))
             out[:, start:stop] = _shifted(z, 64 - bits)
         return out.mul_(2.0**-bits).view(len(key), *shape)
+
+
+class RoundDraws:
+    """The `KeyedDraws` of the same rows in round after round, many rounds in one go.
+
+    Parameters
+    ----------
+    seed : ndarray of int, shape (n,)
+    purpose : str
+    device : ndarray of int, shape (n,)
+        The word after the round.
+    width : int
+        Numbers drawn for a row and round, roughly: it says how many rounds are made at a time.
+    place : torch.device
+        Where the numbers are wanted.
+    """
+
+    def __init__(
+        self,
+        seed: NDArray[np.int64],
+        purpose: str,
+        device: NDArray[np.int64],
+        width: int,
+        place: torch.device | str = "cpu",
+    ) -> None:
+        self._seed, self._purpose, self._device, self._place = seed, purpose, device, place
+        self._rounds = _AHEAD // (len(seed) * width)
+        self._first = -1 - self._rounds
+        self._drawn: list[Tensor] = []  # of each call in a round, (rounds, n, *shape)
+
+    def at(self, k: int) -> Draws:
+        """Return the draws of round k; every round asks for the same shapes, one after another."""
+        if self._rounds < 2:
+            return KeyedDraws(self._seed, self._purpose, k, self._device, device=self._place)
+        n, rounds = len(self._seed), self._rounds
+        if not self._first <= k < self._first + rounds:
+            each = np.arange(k, k + rounds).repeat(n)
+            seed, device = np.tile(self._seed, rounds), np.tile(self._device, rounds)
+            self._keyed = KeyedDraws(seed, self._purpose, each, device, device=self._place)
+            self._first, self._drawn = k, []
+        slot, calls = k - self._first, count()
+
+        def draws(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+            call = next(calls)
+            if call == len(self._drawn):
+                self._drawn.append(self._keyed(shape, dtype).view(rounds, n, *shape))
+            return self._drawn[call][slot]
+
+        return draws
 
 
 def _signed(value: int) -> int:

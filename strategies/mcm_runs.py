@@ -14,6 +14,7 @@ from torch import Tensor
 
 from strategies.bidirectional import (
     Correction,
+    Rate,
     Scheme,
     Server,
     catch_up,
@@ -22,7 +23,8 @@ from strategies.bidirectional import (
     nearest,
     upload,
 )
-from strategies.halves import Draws, KeyedDraws
+from strategies.compression import Compressor
+from strategies.halves import RoundDraws
 
 __all__ = ["Run", "simulate"]
 
@@ -112,6 +114,16 @@ def simulate(
     ).run(rounds, observe)
 
 
+@dataclass(frozen=True, slots=True)
+class _Uplink:
+    """Rows that compress alike."""
+
+    used: Compressor
+    rows: slice | IntArray
+    rate: Rate
+    draws: RoundDraws
+
+
 class _Devices:
     """All devices of all runs as rows, run by run."""
 
@@ -132,10 +144,13 @@ class _Devices:
         self.shape = (self.runs, n_devices)
         self.p, self.active, self.is_nearest = participation, active, is_nearest
         self.seeds, self.counts = seeds, count_bytes
-        self.row_seeds = np.repeat(np.asarray(seeds, np.int64), n_devices)
-        self.device = np.tile(np.arange(n_devices), self.runs)
         rows = server.model.repeat_interleave(n_devices, 0)
         self.model = rows
+        self.uplinks = [self._uplink(choice) for choice in range(len(scheme.up))]
+        groups = scheme.groups or n_devices
+        number = np.arange(self.runs)[:, None] * groups + np.arange(n_devices) % groups
+        self.message_of = number  # row of the message that each device of each run is sent
+        self.rate_down = scheme.rate_down(server.blocks, rows)
         keeps = scheme.downlink == "model" and not scheme.moves_down_memory
         self.held = torch.zeros_like(rows) if keeps else rows
         self.velocity = torch.zeros_like(rows) if scheme.momentum else None
@@ -143,6 +158,18 @@ class _Devices:
         self.error = torch.zeros_like(rows) if scheme.up_feedback else None
         self.owed = np.zeros(self.shape, np.int64)  # bytes that a device has missed
         self.is_known = np.zeros(self.shape, bool)  # whether a device was ever sent a model
+
+    def _uplink(self, choice: int) -> "_Uplink":
+        """Return the devices that use the compressor number `choice`, and how."""
+        n_choices = len(self.scheme.up)
+        seed = np.repeat(np.asarray(self.seeds, np.int64), self.n)
+        device = np.tile(np.arange(self.n), self.runs)
+        is_all = n_choices == 1
+        rows = slice(None) if is_all else np.flatnonzero(device % n_choices == choice)
+        rate = self.scheme.rate_up(choice, self.server.blocks, self.model)
+        width, place = self.model.shape[1], self.model.device
+        draws = RoundDraws(seed[rows], "mcm", device[rows], width, place)
+        return _Uplink(self.scheme.up[choice], rows, rate, draws)
 
     def run(self, rounds: int, observe: Callable[[int, Server], bool | None]) -> Run:
         """Run all rounds."""
@@ -187,13 +214,12 @@ class _Devices:
 
     def _receive_models(self, k: int, active: BoolArray) -> None:
         scheme, server = self.scheme, self.server
-        groups = scheme.groups or self.n
         held = server.down_memory
         packed = server.send_model(k)
-        number = np.arange(self.runs)[:, None] * groups + np.arange(self.n) % groups
-        messages = packed.values[torch.from_numpy(number.ravel())]
-        rate = scheme.rate_down(server.blocks, messages)
-        model, moved, _ = catch_up(scheme, rate, self.held, None, messages, 0.0)
+        messages = packed.values
+        if scheme.groups:
+            messages = messages[torch.from_numpy(self.message_of.ravel())]
+        model, moved, _ = catch_up(scheme, self.rate_down, self.held, None, messages, 0.0)
         if active.all():
             self.model, self.held = model, moved
         else:  # the memory of a device that is away stays as it is, on both sides
@@ -203,7 +229,7 @@ class _Devices:
             self.held = torch.where(rows, moved, self.held)
             server.down_memory = torch.where(mask, server.down_memory, held)
         if self.counts:
-            self.owed = packed.sizes[number]
+            self.owed = packed.sizes[self.message_of]
 
     def work(self, k: int, active: BoolArray) -> IntArray:
         """Compute, send and step; return the bytes that devices sent."""
@@ -232,38 +258,29 @@ class _Devices:
                 self.owed = self.owed + packed.sizes[:, None]
         return sizes
 
-    def _draws(self, k: int, rows: slice | IntArray) -> Draws:
-        return KeyedDraws(
-            self.row_seeds[rows], "mcm", k, self.device[rows], device=self.model.device
-        )
-
     def _upload(self, k: int, gradient: Tensor, active: BoolArray) -> tuple[Tensor, IntArray]:
         scheme = self.scheme
-        n_choices = len(scheme.up)
         values = torch.empty_like(gradient)
         sizes = np.zeros(len(gradient), np.int64)
         memory, error = self.memory, self.error
         coefficient = scheme.coefficient(self.server.step, k) if scheme.up_feedback else 0.0
-        for choice in range(n_choices):
-            rows = (
-                slice(None) if n_choices == 1 else np.flatnonzero(self.device % n_choices == choice)
-            )
-            draws = nearest if self.is_nearest else self._draws(k, rows)
+        for link in self.uplinks:
+            rows = link.rows
             sent, moved, left = upload(
-                scheme.up[choice],
-                scheme.rate_up(choice, self.server.blocks, gradient),
+                link.used,
+                link.rate,
                 gradient[rows],
                 None if memory is None else memory[rows],
                 None if error is None else error[rows],
                 coefficient,
-                draws,
+                nearest if self.is_nearest else link.draws.at(k),
                 self.server.blocks,
             )
             values[rows] = sent.values
             if self.counts:
                 sizes[rows] = sent.sizes
-            self.memory = _put(self.memory, rows, moved, n_choices)
-            self.error = _put(self.error, rows, left, n_choices)
+            self.memory = _put(self.memory, rows, moved)
+            self.error = _put(self.error, rows, left)
         if not active.all():
             mask = torch.from_numpy(active.reshape(-1, 1))
             if memory is not None and self.memory is not None:
@@ -273,11 +290,9 @@ class _Devices:
         return values, sizes.reshape(self.shape)
 
 
-def _put(
-    whole: Tensor | None, rows: slice | IntArray, part: Tensor | None, n_parts: int
-) -> Tensor | None:
+def _put(whole: Tensor | None, rows: slice | IntArray, part: Tensor | None) -> Tensor | None:
     """Return `whole` with some rows replaced, without writing into it."""
-    if part is None or whole is None or n_parts == 1:
+    if part is None or whole is None or isinstance(rows, slice):
         return part
     whole = whole.clone()
     whole[rows] = part

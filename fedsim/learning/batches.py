@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedsim.streams import bits, mix64
 
-__all__ = ["Batches", "make_batches"]
+__all__ = ["Batches", "first_batches", "make_batches"]
 
 IntArray = NDArray[np.int64]
 _SEGMENT_BITS = 20
@@ -105,6 +105,41 @@ def make_batches(
     count = np.bincount(block, minlength=n_blocks)
     weight[place] = 1.0 / count[block]
     return Batches(width, active, offset, index, weight, count)
+
+
+def first_batches(
+    seed: IntArray, rounds: IntArray, devices: IntArray, size: int, batch: int
+) -> IntArray:
+    """Return the first batches of `make_batches` of devices of one size, without all the others.
+
+    Parameters
+    ----------
+    seed, rounds, devices : ndarray of int64
+        They broadcast to a common shape.
+    size : int
+        Samples of each device.
+    batch : int
+        At most `size`.
+
+    Returns
+    -------
+    ndarray of int64, shape (*common, batch)
+        Positions among the device's samples, in the order of `make_batches`.
+    """
+    if batch == size:
+        shape = np.broadcast_shapes(seed.shape, rounds.shape, devices.shape)
+        return np.broadcast_to(np.arange(size), (*shape, size))
+    key = bits(seed, "sample-order", rounds, 0, devices)
+    rank = np.arange(size, dtype=np.uint64)
+    # As `_sort_within` does: by the upper bits of the hash, then by rank.
+    drawn = mix64(key[..., None] ^ rank) >> np.uint64(_SEGMENT_BITS) << np.uint64(_SEGMENT_BITS)
+    drawn |= rank
+    if batch == 1:
+        first = drawn.min(-1, keepdims=True)
+    else:
+        first = np.sort(np.partition(drawn, batch - 1, axis=-1)[..., :batch], axis=-1)
+    position: IntArray = (first & np.uint64((1 << _SEGMENT_BITS) - 1)).astype(np.int64)
+    return position
 
 
 def _within(lengths: IntArray) -> IntArray:

@@ -47,7 +47,7 @@ def build_model(
     n_classes: int,
     *,
     seed: int,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Return the factory's module with initial weights that depend on the seed alone.
@@ -62,8 +62,9 @@ def build_model(
         Shape of one sample.
     n_classes : int
     seed : int
-    dtype : torch.dtype, optional
-        Type that the module is converted to; default: what the factory made.
+    dtype : torch.dtype or str, optional
+        Given to a factory that has a parameter of this name; else the type that the module is
+        converted to. Default: what the factory made.
 
     Returns
     -------
@@ -80,13 +81,15 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(stream(seed, "model").integers(2**62)))
         try:
+            if dtype is not None and "dtype" in signature(factory).parameters:
+                arguments["dtype"], dtype = dtype, None
             positional, named = _wanted(factory, offered, arguments)
             module: object = factory(*positional, **named, **arguments)
         except (TypeError, ValueError) as error:
             raise ScenarioError(f"model.kind: {name} raised {error!r}") from error
     if not isinstance(module, nn.Module):
         raise ScenarioError(f"model.kind: {name} makes a {type(module).__name__}, no nn.Module")
-    return module if dtype is None else module.to(dtype)
+    return module if dtype is None else module.to(_dtype(dtype))
 
 
 def _wanted(
@@ -537,8 +540,8 @@ def _sequence(input_shape: Shape) -> int:
     return input_shape[0]
 
 
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
+def _dtype(name: torch.dtype | str) -> torch.dtype:
+    found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ScenarioError(f"model.dtype: {name!r} is not a floating type such as float64")
     return found
