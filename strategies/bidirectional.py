@@ -137,16 +137,12 @@ class Scheme:
     @property
     def moves_up_memory(self) -> bool:
         """Whether the uplink memories change after they were set."""
-        rate = self.up_rate
-        return self.up_memory and (
-            rate > 0 if rate is not None else any(u.memory_rate(1) > 0 for u in self.up)
-        )
+        return self.up_memory and any(_moves(used, self.up_rate) for used in self.up)
 
     @property
     def moves_down_memory(self) -> bool:
         """Whether the downlink memories change; if not, they are zero for ever."""
-        rate = self.down_rate
-        return rate > 0 if rate is not None else self.down.memory_rate(1) > 0
+        return _moves(self.down, self.down_rate)
 
     @property
     def begins_with_gradient(self) -> bool:
@@ -176,8 +172,14 @@ class Scheme:
         return _rate(self.down, self.down_rate, blocks, like)
 
 
+def _moves(used: Compressor, given: float | None) -> bool:
+    if given is None or used.is_exact:
+        return used.memory_rate(1) > 0
+    return given > 0
+
+
 def _rate(used: Compressor, given: float | None, blocks: Sequence[int], like: Tensor) -> Rate:
-    if given is not None:
+    if given is not None and not used.is_exact:
         return given
     runs = runs_of(used, blocks)
     rates = [used.memory_rate(run.size) for run in runs]

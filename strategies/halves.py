@@ -45,6 +45,7 @@ __all__ = [
 
 Tensors = dict[str, Tensor]
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_ROUND = "-round"  # of the instruction that a state was made by
 _BLOCK = 1 << 15  # elements of a row hashed at a time: they stay in the cache
 _AHEAD = 1 << 17  # numbers drawn at a time for rounds to come
 
@@ -402,12 +403,21 @@ class DeviceWork:
             rates = torch.tensor([rate], dtype=torch.float64)
             config = config | {"steps-made": torch.tensor([steps]), "rate-used": rates}
         payload, state = self._half.reply(work, self._state, config, self._draws)
-        self._context.state[self._half.name] = _record(state)
+        self._keep(state)
         content = _replaced(content, name, _record(payload))
         applied = content.config_records.get("applied", ConfigRecord({"halves": []}))
         names = [*applied["halves"], self._half.name]  # type: ignore[misc]
         content["applied"] = ConfigRecord({"halves": names})
         return content
+
+    def _keep(self, state: Tensors) -> None:
+        """Keep a state, unless a later round's instruction has overtaken this one on its way."""
+        name, kept = self._half.name, self._context.state
+        number = int(self.config.get("server-round", 0))
+        last = kept.config_records.get(name + _ROUND, ConfigRecord({"server-round": 0}))
+        if number >= int(last["server-round"]):  # type: ignore[arg-type]
+            kept[name] = _record(state)
+            kept[name + _ROUND] = ConfigRecord({"server-round": number})
 
 
 def as_mod(half: DeviceHalf) -> Callable[[Message, Context, ClientAppCallable], Message]:
@@ -416,7 +426,8 @@ def as_mod(half: DeviceHalf) -> Callable[[Message, Context, ClientAppCallable], 
     Parameters
     ----------
     half : DeviceHalf
-        Its state is kept in ``Context.state`` under the half's name.
+        Its state is kept in ``Context.state`` under the half's name. An instruction of an earlier
+        round than the last one, overtaken on its way, leaves the state as it is.
 
     Raises
     ------

@@ -57,6 +57,7 @@ __all__ = ["CompressedSGD", "CompressedSGDHalf"]
 Spec = str | dict[str, Any]
 _MESSAGES = "messages"
 _MODEL = "model/"
+_UNREACHED = (3, 4, 5)  # Flower's codes of errors that are the network's: no app has run
 
 
 @dataclass(frozen=True)
@@ -354,8 +355,9 @@ class CompressedSGD(flower.FedAvg):
         participants: Callable[[int, Sequence[int]], Sequence[int]] | None = None,
     ) -> None:
         super().__init__(
-            fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=min_available_nodes
+            min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=min_available_nodes
         )
+        self.fraction_evaluate = 0.0  # given to the constructor, it would be warned of
         if not learning_rate > 0:
             raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
         for name, value, valid in (
@@ -462,7 +464,7 @@ class CompressedSGD(flower.FedAvg):
         for message in replies:
             node = message.metadata.src_node_id
             if message.has_error():
-                self._forget(node)
+                self._forget(message)
             elif node in self._pending:
                 valid.setdefault(node, message)
         if not valid:
@@ -626,14 +628,25 @@ class CompressedSGD(flower.FedAvg):
 
     # --- what they reply ----------------------------------------------------------------------
 
-    def _forget(self, node: int) -> None:
-        """Start anew with a device that reported an error: nobody knows what it holds."""
-        if node in self._pending and self.server is not None:
-            row = self._rows[node]
-            self._seen[row], self._versions[row] = -1, 0
-            if self.scheme.up_memory and self.correction == "pp1":
-                self.server.memory[:, row] = 0.0
-            del self._pending[node]
+    def _forget(self, message: Message) -> None:
+        """Start anew with a device whose app reported an error: nobody knows what it holds.
+
+        A mean of all memories (pp2) cannot be put right for one device: all of them start anew.
+        """
+        node = message.metadata.src_node_id
+        if node not in self._pending or message.error.code in _UNREACHED:
+            return
+        assert self.server is not None
+        del self._pending[node]
+        row = self._rows[node]
+        self._seen[row], self._versions[row] = -1, 0
+        if not self.scheme.up_memory:
+            return
+        if self.correction == "pp1":
+            self.server.memory[:, row] = 0.0
+        else:
+            self.server.memory = torch.zeros_like(self.server.memory)
+            self._versions = [0] * len(self._versions)
 
     def _gradient_record(self, message: Message) -> ArrayRecord:
         content = message.content

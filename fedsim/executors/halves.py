@@ -94,6 +94,7 @@ class HalvesOfDevices:
         self._states: dict[int, tuple[list[Tensors], int]] = {}
         self._open: dict[str, tuple[int, list[Tensors], int]] = {}
         self._busy: dict[int, int] = {}  # node id → messages computed and not settled
+        self._latest: dict[int, int] = {}  # node id → the last message whose states were taken up
 
     def is_settled(self, message: Message) -> bool:
         """Return whether no earlier message may still change what this one meets."""
@@ -102,12 +103,13 @@ class HalvesOfDevices:
         return not is_train or not self._busy.get(meta.dst_node_id)
 
     def settle(self, message_id: str, *, has_arrived: bool) -> None:
-        """Take up or drop the states after a message."""
+        """Take up or drop the states after a message; one that a later has overtaken is dropped."""
         if message_id not in self._open:
             return
         node, states, row = self._open.pop(message_id)
         self._busy[node] -= 1
-        if has_arrived:
+        if has_arrived and int(message_id) > self._latest.get(node, 0):
+            self._latest[node] = int(message_id)
             self._states[node] = states, row
 
     def state_of(self, node_id: int) -> dict[str, Tensors]:
