@@ -5,7 +5,7 @@ round can be asked for in any order. `timeline` turns it into (time, active edge
 """
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -173,12 +173,15 @@ def b_connectivity(graph_at: GraphAt, rounds: int) -> Connectivity:
     graphs = [graph_at(number) for number in range(rounds)]
     devices = devices_of(graphs[0])
     n = len(devices)
-    # A longer window connects whatever a shorter one does: bisection finds the shortest.
-    widths = range(1, rounds + 1)
+    # A longer window connects whatever a shorter one does. The shortest is usually very short.
+    reach = 1
+    while reach < rounds and not _every_union_connects(graphs, reach):
+        reach *= 2
+    widths = range(reach // 2 + 1, min(reach, rounds) + 1)
     first = bisect_left(widths, True, key=lambda width: _every_union_connects(graphs, width))
     degrees = [[graph.degree[d] for d in devices] for graph in graphs]
     return Connectivity(
-        window=widths[first] if first < rounds else None,
+        window=widths[first] if first < len(widths) else None,
         connected_share=sum(_connects(graph) for graph in graphs) / rounds,
         mean_isolated=sum(row.count(0) for row in degrees) / rounds,
         mean_degree=sum(map(sum, degrees)) / (rounds * n),
@@ -192,9 +195,21 @@ def _connects(graph: Graph) -> bool:
 
 
 def _every_union_connects(graphs: list[Graph], width: int) -> bool:
-    window: deque[Graph] = deque(maxlen=width)
-    for graph in graphs:
-        window.append(graph)
-        if len(window) == width and not _connects(nx.compose_all(window)):
+    union = nx.empty_graph(graphs[0], create_using=type(graphs[0]))
+    times: Counter[tuple[int, int]] = Counter()  # link → graphs of the window that have it
+    for number, graph in enumerate(graphs):
+        times.update(_links(graph))
+        union.add_edges_from(graph.edges)
+        if number >= width:
+            gone = _links(graphs[number - width])
+            times.subtract(gone)
+            union.remove_edges_from(link for link in gone if not times[link])
+        if number >= width - 1 and not _connects(union):
             return False
     return True
+
+
+def _links(graph: Graph) -> list[tuple[int, int]]:
+    if graph.is_directed():
+        return list(graph.edges)
+    return [(min(link), max(link)) for link in graph.edges]

@@ -126,3 +126,19 @@ def test_b_connectivity_is_the_smallest_window():
     never = tp.b_connectivity(lambda number: halves[0], 4)
     assert never.window is None
     assert never.mean_isolated == 0
+
+
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("density", [0.02, 0.06, 0.15])
+def test_b_connectivity_agrees_with_the_unions_themselves(density, directed):
+    graphs = [
+        nx.gnp_random_graph(9, density, seed=number, directed=directed) for number in range(40)
+    ]
+    is_connected = nx.is_strongly_connected if directed else nx.is_connected
+
+    def connects(width):
+        unions = (nx.compose_all(graphs[i : i + width]) for i in range(len(graphs) - width + 1))
+        return all(map(is_connected, unions))
+
+    expected = next((width for width in range(1, 41) if connects(width)), None)
+    assert tp.b_connectivity(lambda number: graphs[number], 40).window == expected
