@@ -44,7 +44,7 @@ def test_bar_4_without_compression_every_algorithm_is_sgd_bit_for_bit(algorithm)
         ("mcm", {"participation": 1.0}, "mcm"),
         ("mcm", {"participants": lambda k, nodes: nodes}, "mcm"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 def test_bar_4_one_algorithm_is_another_bit_for_bit(one, options, other):
     assert np.array_equal(iterates(one, **options), iterates(other))
