@@ -358,7 +358,7 @@ class _Run:
         env, compute = self._env, self.owner.compute
         for member in list(self._now.roster):
             trip = member.trip
-            if not compute.is_available(trip.device, env.now):
+            if not self._is_there(trip.device):
                 self._lose(member, "offline")
                 continue
             trip.received = env.now
@@ -369,6 +369,10 @@ class _Run:
             trip.computed = ended
             begin = trip.started if self.plan.conduct.is_overlapped else ended
             at(env, begin, partial(self._load, member))
+
+    def _is_there(self, device: int) -> bool:
+        is_online = self.owner.compute.is_available(device, self._env.now)
+        return is_online and not self.owner.network.is_dead(device)
 
     def _lose_at(self, member: _Member, _: simpy.Event) -> None:
         self._lose(member, "failed-device")
@@ -512,7 +516,7 @@ class _Run:
         source, destination = self.plan.hosts[a], self.plan.hosts[b]
         if a < len(now.roster):
             member = now.roster[a]
-            if not owner.compute.is_available(source, self._env.now):
+            if not self._is_there(source):
                 self._lose(member, "offline")
                 return
         whole, chunks = self.buckets[bucket].size_bytes, script.schedule.chunks
@@ -594,14 +598,10 @@ class _Run:
 
     def _fail(self, now: _Progress, position: int, row: int, delivery: Delivery) -> None:
         """Go on without a device that is gone, or say what cannot go on."""
-        for node in (delivery.source, delivery.destination):
-            gone = [m for m in now.roster if m.trip.device == node]
-            compute = self.owner.compute
-            if gone and (
-                self.owner.network.is_dead(node) or not compute.is_available(node, self._env.now)
-            ):
-                self._lose(gone[0], "failed-device")
-                return
+        gone = [member for member in now.roster if not self._is_there(member.trip.device)]
+        if gone:
+            self._lose(gone[0], "failed-device")
+            return
         hint = "exchange.on_failure: 'reroute' or 'wait' goes on"
         if delivery.outcome == "lost":
             hint = "network.retries sends a lost message again"

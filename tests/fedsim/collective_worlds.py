@@ -28,7 +28,8 @@ def asks(world, devices=None, number=1, size=SIZE, config=None, **exchange):
     sent = []
     for place, device in enumerate(devices):
         own = size[place] if isinstance(size, list) else size
-        record = ConfigRecord({"kind": "collective", "payload_bytes": own} | exchange)
+        known = {} if own is None else {"payload_bytes": own}
+        record = ConfigRecord({"kind": "collective"} | known | exchange)
         work = {"server-round": number, "local-steps": 1, "batch-size": 4} | (config or {})
         content = {"arrays": arrays, "config": ConfigRecord(work), "exchange": record}
         sent.append(Message(RecordDict(content), dst_node_id=1000 + device, message_type="train"))
