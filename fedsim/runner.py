@@ -274,6 +274,7 @@ def _connect(scenario: Scenario, strategy: str | None, device: str, load: LoadDa
         cancel_late=world.network.late == "cancel",
         peers=peers,
         seed=world.seed,
+        profile=trainer.stack.profile,
     )
     return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
 

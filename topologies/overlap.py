@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from topologies.profiles import Profile
 
-__all__ = ["Iteration", "buckets_of", "iteration_time"]
+__all__ = ["FORWARD", "Iteration", "buckets_of", "iteration_time"]
 
-# Of an iteration's compute time, the part before the backward pass: one of three equal parts.
-_FORWARD = 1 / 3
+FORWARD = 1 / 3
+"""Of an iteration's compute time, the part before the backward pass: one of three equal parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,13 @@ class Iteration:
     buckets: tuple[int, ...]
 
 
-def buckets_of(profile: Profile, fusion_bytes: int | None) -> list[tuple[int, float]]:
+def buckets_of(profile: Profile, fusion_bytes: float | None) -> list[tuple[int, float]]:
     """Return buckets of tensors, last layer first: their bytes and when they are ready.
 
     Parameters
     ----------
     profile : Profile
-    fusion_bytes : int, optional
+    fusion_bytes : float, optional
         A bucket is closed when it has reached that size; 0 sends every tensor by itself, None all
         tensors together.
 
@@ -106,7 +106,7 @@ def iteration_time(
     buckets = buckets_of(profile, fusion_bytes)
     now, sync = 0.0, 0.0
     for size, ready in buckets:
-        known = compute * (_FORWARD + (1 - _FORWARD) * ready) if overlap else compute
+        known = compute * (FORWARD + (1 - FORWARD) * ready) if overlap else compute
         start = max(now, known)
         length = sync_seconds(float(size), start)
         sync += length

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from typing import cast
 
 from fedsim.errors import PayloadError
@@ -11,7 +11,9 @@ from fedsim.network.collective import Bucket, Plan, Report
 from fedsim.network.transfers import Network
 from topologies.attributes import Graph, servers_of
 from topologies.generators import star
+from topologies.overlap import FORWARD, buckets_of
 from topologies.placement import COLLECTIVES, among
+from topologies.profiles import Profile, profile
 from topologies.schedules import Schedule, Step
 
 __all__ = ["Planner", "times_of"]
@@ -29,10 +31,15 @@ class Planner:
     network : Network
     n_devices : int
         Devices are nodes 0 to n_devices - 1.
+    profile : callable, optional
+        Returns the layers of the model, for instructions that fuse tensors and name no profile.
     """
 
-    def __init__(self, network: Network, n_devices: int) -> None:
+    def __init__(
+        self, network: Network, n_devices: int, profile: Callable[[], Profile] | None = None
+    ) -> None:
         self._network = network
+        self._profile = None if profile is None else cache(profile)
         self._n_devices = n_devices
         self._schedule = lru_cache(maxsize=64)(self._make_schedule)
 
@@ -91,10 +98,23 @@ class Planner:
             conduct=asked.conduct,
             schedule=schedule,
             hosts=(*devices, *servers_of(self._graph)[:n_servers]),
-            cut=_whole,
+            cut=self._cut(asked),
             replan=self._replan(asked, devices, lost),
             lost=frozenset(lost),
         )
+
+    def _cut(self, asked: Collective) -> Callable[[int], list[Bucket]]:
+        """Return what cuts a vector into buckets."""
+        if asked.fusion_bytes is None:
+            return lambda size: [Bucket(size)]
+        if asked.profile is not None:
+            return partial(_fused, profile(asked.profile), asked.fusion_bytes)
+        if self._profile is None:
+            raise PayloadError(
+                "exchange.fusion_bytes needs the layers of the model: give the grid a profile, or "
+                "name one in exchange.profile"
+            )
+        return partial(_fused, self._profile(), asked.fusion_bytes)
 
     def _replan(
         self, asked: Collective, devices: Sequence[int], lost: Sequence[int]
@@ -150,5 +170,15 @@ def times_of(reports: Sequence[Report]) -> dict[str, float]:
     }
 
 
-def _whole(size_bytes: int) -> list[Bucket]:
-    return [Bucket(size_bytes)]
+def _fused(layers: Profile, fusion_bytes: int, size_bytes: int) -> list[Bucket]:
+    """Return the buckets of a vector that is as large as it is, its layers in proportion."""
+    scale = size_bytes / layers.n_bytes
+    if not scale:
+        return [Bucket(0)]
+    buckets, done, end = [], 0, 0
+    for size, known in buckets_of(layers, fusion_bytes / scale):
+        done += size
+        start, end = end, done * size_bytes // layers.n_bytes
+        if end > start:
+            buckets.append(Bucket(end - start, FORWARD + (1 - FORWARD) * known))
+    return buckets

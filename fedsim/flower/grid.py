@@ -47,6 +47,7 @@ from fedsim.network import Delivery, Network, collective
 from fedsim.network.exchange import Trip, serve
 from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import ComputeRow, Recorder, TransferRow
+from topologies.profiles import Profile
 
 __all__ = ["NODE_BASE", "Executor", "NetworkGrid", "Traffic"]
 
@@ -189,6 +190,8 @@ class NetworkGrid(Grid):
         Who a device's neighbours are where an instruction does not say.
     seed : int
         Of the choice among neighbours, where not all are sent to.
+    profile : callable, optional
+        Returns the layers of the model, for collectives that fuse tensors.
 
     Attributes
     ----------
@@ -214,6 +217,7 @@ class NetworkGrid(Grid):
         cancel_late: bool = False,
         peers: PeerGraph | None = None,
         seed: int = 0,
+        profile: Callable[[], Profile] | None = None,
         keep_trips: bool = False,
     ) -> None:
         self.env = env
@@ -238,7 +242,7 @@ class NetworkGrid(Grid):
         self._peers = peers
         hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
         self._neighbours = Neighbours(network, fleet, len(fleet), hooks, seed=seed)
-        self._planner = Planner(network, len(fleet))
+        self._planner = Planner(network, len(fleet), profile)
         self._collectives = collective.Collectives(
             network,
             fleet,
@@ -484,6 +488,9 @@ class NetworkGrid(Grid):
             samples=self._work.samples(message, cargo.config, device),
             exchange=cargo.exchange.kind,
         )
+        asked = cargo.exchange.collective
+        if asked is not None and asked.conduct.is_overlapped:
+            trip.last_step = self._work.last_step(message, cargo.config, device)
         expires = math.inf if meta.ttl == compat.DEFAULT_TTL else self.env.now + meta.ttl
         known = cargo.exchange.payload_bytes
         flight = _Flight(message, trip, cargo.exchange, expires, known)

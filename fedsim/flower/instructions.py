@@ -15,6 +15,7 @@ from fedsim.network.collective import Conduct
 from fedsim.network.neighbours import Manner
 from fedsim.registry import nearest
 from topologies.placement import COLLECTIVES
+from topologies.profiles import PROFILES, profile
 
 __all__ = [
     "NODE_BASE",
@@ -50,6 +51,8 @@ class Collective:
         together.
     root : int or None
         Node id of the root of a tree.
+    profile : str or None
+        A key of `topologies.profiles.PROFILES`: whose layers are timed, if not the model's.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Collective:
     conduct: Conduct
     fusion_bytes: int | None = None
     root: int | None = None
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,10 @@ def read_exchange(content: RecordDict) -> Exchange:
             )
         return Exchange(kind, size)
     if kind == "collective":
-        return Exchange(kind, size, collective=_read_collective(record))
+        asked = _read_collective(record)
+        if size is None and asked.profile is not None:
+            size = profile(asked.profile).n_bytes
+        return Exchange(kind, size, collective=asked)
     return Exchange(kind, size, _read_manner(record), _read_peers(record))
 
 
@@ -166,7 +173,8 @@ def _read_collective(record: ConfigRecord) -> Collective:
         step_latency=float(latency),  # type: ignore[arg-type]
         is_overlapped=_choice(record, "when", ("after", "with")) == "with",
     )
-    return Collective(str(name), group, conduct, _count(record, "fusion_bytes"), root)
+    layers = _choice(record, "profile", ("", *PROFILES)) or None
+    return Collective(str(name), group, conduct, _count(record, "fusion_bytes"), root, layers)
 
 
 def _count(record: ConfigRecord, key: str) -> int | None:
@@ -217,6 +225,7 @@ _OWN_KEYS = {
             "on_device_failure",
             "step_latency",
             "root",
+            "profile",
         }
     ),
 }
@@ -310,6 +319,11 @@ class WorkPlan:
         config = self.local_config(content)
         steps = config.steps_of(self.sizes[devices], seed=self.seed, rounds=rounds, devices=devices)
         return steps, config.rates(rounds)
+
+    def last_step(self, message: Message, config: LocalConfig, device: int) -> float:
+        """Return the share of an instruction's work that its last local step takes."""
+        row = {"rounds": np.array([round_of(message)]), "devices": np.array([device])}
+        return 1.0 / float(config.steps_of(self.sizes[[device]], seed=self.seed, **row)[0])
 
     def samples(self, message: Message, config: LocalConfig, device: int) -> float:
         """Return the work of an instruction in training samples.

@@ -1,6 +1,7 @@
 """What a model costs: its parameters, its bytes and its arithmetic."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.learning.layout import Layout, layout_of
 from fedsim.learning.linear import linear_layers
+from topologies.profiles import Profile, Tensor
 
-__all__ = ["ModelCost", "model_cost"]
+__all__ = ["ModelCost", "model_cost", "model_profile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,62 @@ def _forward_flops(
             for layer in layers
             if layer.kind == "linear"
         )
+    return int(_counted(module, layout, input_shape, tokens).get_total_flops())
+
+
+def _counted(
+    module: nn.Module, layout: Layout, input_shape: tuple[int, ...], tokens: bool
+) -> FlopCounterMode:
+    """Return torch's counter after an abstract forward pass of one sample."""
     abstract = copy.deepcopy(module).to("meta").eval()
     dtype = torch.int64 if tokens else layout.dtype
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
         abstract(torch.zeros((1, *input_shape), dtype=dtype, device="meta"))
-    return int(counter.get_total_flops())
+    return counter
+
+
+def model_profile(
+    module: nn.Module, input_shape: tuple[int, ...], *, tokens: bool = False
+) -> Profile:
+    """Return a model's tensors in the order of its state, with the operations that each makes.
+
+    A layer's operations are its first tensor's, its weight as a rule. Integer tensors (a counter)
+    are left out.
+
+    Parameters
+    ----------
+    module : nn.Module
+    input_shape : tuple of int
+        Shape of one sample.
+    tokens : bool
+        Whether the inputs are integer symbols.
+
+    Examples
+    --------
+    >>> [(t.name, t.flops) for t in model_profile(nn.Linear(8, 2), (8,)).tensors]
+    [('weight', 32.0), ('bias', 0.0)]
+    """
+    layout = layout_of(module)
+    counts = _counted(module, layout, input_shape, tokens).get_flop_counts()
+    flops = {name: float(sum(made.values())) for name, made in counts.items()}
+    own = _own_flops(module, flops)
+    tensors = [
+        Tensor(name, tuple(shape), own.get(name, 0.0))
+        for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True)
+        if dtype.is_floating_point
+    ]
+    return Profile(type(module).__name__, tuple(tensors), layout.dtype.itemsize)
+
+
+def _own_flops(module: nn.Module, flops: Mapping[str, float]) -> dict[str, float]:
+    """Return, by the name of each module's first own tensor, what the module itself computes."""
+    root, own = type(module).__name__, {}
+    for path, part in module.named_modules():
+        tensors = [name for name, _ in part.named_parameters(recurse=False)]
+        if tensors:
+            label = f"{root}.{path}" if path else root
+            inner = (f"{label}.{name}" for name, _ in part.named_children())
+            rest = flops.get(label, 0.0) - sum(flops.get(name, 0.0) for name in inner)
+            own[f"{path}.{tensors[0]}" if path else tensors[0]] = rest
+    return own

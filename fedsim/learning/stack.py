@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fedsim.data.federated import DeviceData
 from fedsim.errors import ScenarioError
-from fedsim.learning.cost import model_cost
+from fedsim.learning.cost import model_cost, model_profile
 from fedsim.learning.layout import layout_of
 from fedsim.learning.losses import Loss
+from topologies.profiles import Profile
 
 __all__ = ["ModelStack", "Precision", "State", "torch_device"]
 
@@ -98,6 +99,21 @@ class ModelStack:
             return model_cost(self.module, shape, tokens=tokens).forward_flops
         except _MODEL_ERRORS:  # for example a branch on data, which an abstract run cannot take
             return 0
+
+    def profile(self) -> Profile:
+        """Return the model's layers with the operations of each.
+
+        Raises
+        ------
+        ScenarioError
+            If they cannot be counted.
+        """
+        shape = tuple(self._sample.shape[1:])
+        is_symbols = not self.inputs(self._sample).is_floating_point()
+        try:
+            return model_profile(self.module, shape, tokens=is_symbols)
+        except _MODEL_ERRORS as error:
+            raise ScenarioError(f"model: its layers cannot be timed: {error}") from error
 
     def _try(self, data: DeviceData) -> int:
         """Check the model on one sample; return its largest activation in numbers a sample."""

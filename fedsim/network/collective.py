@@ -70,7 +70,7 @@ class Bucket:
     ----------
     size_bytes : int
     ready : float
-        Share of a device's work after which it is known.
+        Share of a device's last step of optimisation after which it is known.
     """
 
     size_bytes: int
@@ -397,10 +397,10 @@ class _Run:
         if not self.plan.conduct.is_overlapped:
             self._make_ready(member, len(self.buckets))
             return
-        work = trip.computed - trip.started
-        times = [trip.started + work * bucket.ready for bucket in self.buckets[:-1]]
-        for number, time in enumerate([*times, trip.computed], start=1):
-            at(self._env, time, partial(self._make_ready, member, number))
+        step = (trip.computed - trip.started) * trip.last_step
+        for number, bucket in enumerate(self.buckets, start=1):
+            known = trip.computed - step * (1.0 - bucket.ready)
+            at(self._env, known, partial(self._make_ready, member, number))
 
     def _make_ready(self, member: _Member, n_buckets: int, _: simpy.Event | None = None) -> None:
         member.n_ready = n_buckets

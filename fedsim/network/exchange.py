@@ -55,6 +55,8 @@ class Trip:
         The round it belongs to.
     samples : float
         Training samples' worth of work at the device.
+    last_step : float
+        Share of its work that its last step of optimisation takes.
     bytes_down, bytes_up : int
         Payloads that came to the device and that it sent, known when they are on their way.
     pushed, received, started, computed, finished : float
@@ -85,6 +87,7 @@ class Trip:
     pushed: float
     round: int = 0
     samples: float = 0.0
+    last_step: float = 1.0
     bytes_down: int = 0
     bytes_up: int = 0
     received: float = math.nan

@@ -6,6 +6,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedsim.whatif import time_schedule
 from tests.fedsim.worlds import make_world
 from topologies.attributes import devices_of
+from topologies.overlap import iteration_time
 from topologies.placement import COLLECTIVES
 from topologies.routing import Router
 from topologies.timing import CostModel, LoadPlan
@@ -47,6 +48,17 @@ def expected(graph, name, size=SIZE, alpha=ALPHA, **options):
     plan = LoadPlan(COLLECTIVES[name](graph), Router(graph))
     model = CostModel(step_latency=alpha)
     return time_schedule(plan, size, model=model, **options).seconds
+
+
+def expected_iteration(graph, name, layers, compute, fusion_bytes, *, overlap):
+    """Return an iteration of the what-if study."""
+    return iteration_time(
+        layers,
+        lambda size, _: expected(graph, name, size),
+        compute=compute,
+        fusion_bytes=fusion_bytes,
+        overlap=overlap,
+    )
 
 
 def finished(replies):
