@@ -1,6 +1,7 @@
 """The exceptions that fedsim raises on purpose, in one tree."""
 
 __all__ = [
+    "ExecutorError",
     "FedsimError",
     "MissingDataError",
     "NetworkError",
@@ -20,6 +21,10 @@ class ScenarioError(FedsimError):
 
 class MissingDataError(ScenarioError):
     """The files of a well-known data set are not on this machine; the scenario may be right."""
+
+
+class ExecutorError(FedsimError):
+    """The processes that compute cannot be started, or die again and again."""
 
 
 class NoNodesError(FedsimError):

@@ -184,6 +184,8 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "executor": {
             "client_app": "fedsim.scenario:ClientAppExecution",
+            "flower": "fedsim.scenario:FlowerExecution",
+            "ray": "fedsim.scenario:RayExecution",
             "vectorised": "fedsim.scenario:VectorisedExecution",
         },
         "speed": {

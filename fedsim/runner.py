@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing.connection import wait as wait_for
@@ -38,11 +38,10 @@ from fedsim.data.federated import DeviceData, federate
 from fedsim.data.partition import check_parts
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, MissingDataError, ScenarioError
-from fedsim.executors.clientapp import ClientAppExecutor, check_app, device_app, mods_needed_by
-from fedsim.executors.halves import DeviceHalf
-from fedsim.executors.vectorised import VectorisedExecutor
+from fedsim.executors.build import added_config, make_executor, make_trainer
+from fedsim.executors.crew import Crew
 from fedsim.flower.compat import quiet_flower
-from fedsim.flower.grid import NODE_BASE, Executor, NetworkGrid
+from fedsim.flower.grid import Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan, training_config
 from fedsim.flower.peers import PeerGraph
 from fedsim.flower.records import array_bytes
@@ -80,6 +79,8 @@ _log = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
 State = Literal["running", "done", "diverged", "failed"]
 LoadData = Callable[[], DeviceData]
+MakeExecutor = Callable[[Scenario, str], Executor]
+"""From a strategy's scenario and its name to who computes, instead of the scenario's executor."""
 
 _STARTS_WITH_PLACE = re.compile(rf"(--|device:|({'|'.join(Scenario.model_fields)})(\.[^ :]+)*: )")
 
@@ -129,6 +130,8 @@ class Simulation:
     name : str
         The strategy's name.
     strategy : flwr.serverapp.strategy.Strategy
+    crew : Crew
+        Worker processes, where the executor wants some.
     """
 
     scenario: Scenario
@@ -140,6 +143,7 @@ class Simulation:
     executor: Executor
     grid: NetworkGrid
     strategy: Any
+    crew: Crew
 
     def run(
         self,
@@ -159,20 +163,21 @@ class Simulation:
             self.grid.recorder = recorder
         scenario = self.scenario
         stop, on = scenario.stop, scenario.evaluation.on
-        return start(
-            self.strategy,
-            self.grid,
-            initial_arrays(self.trainer),
-            rounds=scenario.rounds,
-            seed=scenario.seed,
-            timeout=scenario.round_timeout,
-            train_config=training_config(_local_config(scenario), _sent(scenario)),
-            evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
-            evaluate_models=partial(score_models, self.trainer, on=on),
-            evaluate_every=scenario.evaluation.every,
-            record=record,
-            stop=StopRule(stop.accuracy, stop.time, stop.traffic) if stop else None,
-        )
+        with self.crew:
+            return start(
+                self.strategy,
+                self.grid,
+                initial_arrays(self.trainer),
+                rounds=scenario.rounds,
+                seed=scenario.seed,
+                timeout=scenario.round_timeout,
+                train_config=training_config(_local_config(scenario), added_config(scenario)),
+                evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
+                evaluate_models=partial(score_models, self.trainer, on=on),
+                evaluate_every=scenario.evaluation.every,
+                record=record,
+                stop=StopRule(stop.accuracy, stop.time, stop.traffic) if stop else None,
+            )
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -184,6 +189,7 @@ def build(
     *,
     device: str = "auto",
     data_dir: Path | None = None,
+    executor: MakeExecutor | None = None,
 ) -> Simulation:
     """Connect one strategy of a scenario with its world.
 
@@ -196,13 +202,15 @@ def build(
         Where tensors live: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
     data_dir : Path, optional
         Where data files are looked for.
+    executor : callable, optional
+        Makes who computes, instead of what the scenario says.
 
     Raises
     ------
     ScenarioError
         If the parts do not fit together; names the place in the scenario.
     """
-    return _connect(scenario, strategy, device, _loader(scenario, data_dir))
+    return _connect(scenario, strategy, device, _loader(scenario, data_dir), Crew(), executor)
 
 
 def check(scenario: Scenario, *, device: str = "auto", data_dir: Path | None = None) -> str:
@@ -222,13 +230,20 @@ def check(scenario: Scenario, *, device: str = "auto", data_dir: Path | None = N
     with one_thread():
         for name in scenario.strategies:
             try:
-                _connect(scenario, name, device, load)
+                _connect(scenario, name, device, load, Crew())
             except MissingDataError as error:
                 missing = str(error)
     return missing
 
 
-def _connect(scenario: Scenario, strategy: str | None, device: str, load: LoadData) -> Simulation:
+def _connect(
+    scenario: Scenario,
+    strategy: str | None,
+    device: str,
+    load: LoadData,
+    crew: Crew,
+    make: MakeExecutor | None = None,
+) -> Simulation:
     names = list(scenario.strategies)
     if strategy is None and len(names) == 1:
         strategy = names[0]
@@ -253,12 +268,15 @@ def _connect(scenario: Scenario, strategy: str | None, device: str, load: LoadDa
             f"(it is {world.data.validation_fraction})"
         )
     with _at("model"):
-        trainer = _build_trainer(world, data, device)
+        trainer = _build_trainer(world, data, device, crew)
     with _at("devices"):
         fleet = _build_fleet(world, trainer)
     plan = WorkPlan(config, data.size, world.seed)
     with _at("executor"):
-        executor = _build_executor(world, trainer, plan, made)
+        if make is None:
+            executor = make_executor(world, trainer, plan, made, crew)
+        else:
+            executor = make(world, strategy)
     with _at("peers"):
         peers = _build_peers(world, graph)
     grid = NetworkGrid(
@@ -276,7 +294,7 @@ def _connect(scenario: Scenario, strategy: str | None, device: str, load: LoadDa
         seed=world.seed,
         profile=trainer.stack.profile,
     )
-    return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made)
+    return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made, crew)
 
 
 @contextmanager
@@ -459,7 +477,7 @@ def _given(section: BaseModel) -> dict[str, Any]:
     return {key: value for key, value in section if value is not None}
 
 
-def _build_trainer(scenario: Scenario, data: DeviceData, device: str) -> Trainer:
+def _build_trainer(scenario: Scenario, data: DeviceData, device: str, crew: Crew) -> Trainer:
     factory, arguments = registry.bind("model", scenario.model.spec())
     with warnings.catch_warnings():  # torch warns of layers without weights, refused below
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -471,11 +489,14 @@ def _build_trainer(scenario: Scenario, data: DeviceData, device: str) -> Trainer
     for name, parameter in model.named_parameters():
         if not parameter.numel():
             raise ScenarioError(f"model: {name} has shape {tuple(parameter.shape)}: no weights")
-    options = {}
-    if scenario.executor.kind == "vectorised":
-        options = asdict(registry.build("executor", scenario.executor.spec()))
-    return Trainer(
-        model, data, loss=scenario.training.loss, seed=scenario.seed, device=device, **options
+    return make_trainer(
+        model,
+        data,
+        scenario.executor,
+        crew,
+        loss=scenario.training.loss,
+        seed=scenario.seed,
+        device=device,
     )
 
 
@@ -488,52 +509,6 @@ def _local_config(scenario: Scenario) -> LocalConfig:
     if "schedule" in given:
         given["schedule"] = registry.build("schedule", given["schedule"].spec())
     return LocalConfig(**given)
-
-
-def _halves_of(strategy: Any) -> tuple[DeviceHalf, ...]:
-    """Return the device halves of a strategy and of those that it wraps, the outermost first."""
-    found: list[DeviceHalf] = []
-    while strategy is not None:
-        found += getattr(strategy, "device_halves", ())
-        strategy = getattr(strategy, "strategy", None)
-    return tuple(found)
-
-
-def _build_executor(
-    scenario: Scenario, trainer: Trainer, plan: WorkPlan, strategy: object
-) -> Executor:
-    mods, halves = mods_needed_by(strategy), _halves_of(strategy)
-    app, run_config = None, dict[str, Any]()
-    if scenario.executor.kind == "client_app":
-        execution = registry.build("executor", scenario.executor.spec())
-        app, run_config = execution.app, execution.run_config or {}
-    elif not mods:
-        return VectorisedExecutor(trainer, plan, node_base=NODE_BASE, halves=halves)
-    else:
-        _log.warning(
-            "%s: clipping happens in a mod on the devices, so they run one at a time "
-            "(executor client_app) instead of vectorised",
-            ", ".join(scenario.strategies),
-        )
-    if app is None:
-        app = device_app(trainer, plan, mods, halves)
-    else:
-        check_app(app)
-    defaults = {**training_config(_local_config(scenario)), "num-server-rounds": scenario.rounds}
-    return ClientAppExecutor(
-        app,
-        scenario.data.devices,
-        node_base=NODE_BASE,
-        run_config=defaults | run_config,
-        seed=scenario.seed,
-    )
-
-
-def _sent(scenario: Scenario) -> Mapping[str, bool | int | float | str]:
-    """Return what the user adds to the config of train instructions."""
-    if scenario.executor.kind != "client_app":
-        return {}
-    return registry.build("executor", scenario.executor.spec()).train_config or {}
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -549,6 +524,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
+    executor: MakeExecutor | None = None,
 ) -> RunResult:
     """Run every strategy of a scenario in the same world, and write the records.
 
@@ -571,6 +547,8 @@ def run(
         Replace an earlier run in `out`.
     progress : callable
         Called after each round of each strategy, in this process.
+    executor : callable, optional
+        Makes who computes, instead of what the scenario says; goes with one job.
 
     Returns
     -------
@@ -587,11 +565,15 @@ def run(
         raise SystemExit(1)  # a process of ours imports an unguarded script; the parent tells
     if jobs < 1:
         raise ScenarioError(f"jobs: {jobs} is not at least 1")
+    if jobs > 1 and executor is not None:
+        raise ScenarioError(f"jobs: {jobs} strategies at once cannot share one executor")
     out = None if out is None else Path(out)
     names = list(scenario.strategies)
     with one_thread(), ExitStack() as stack:
-        load = _loader(scenario, data_dir)
-        simulations = {name: _connect(scenario, name, device, load) for name in names}
+        load, crew = _loader(scenario, data_dir), stack.enter_context(Crew())
+        simulations = {
+            name: _connect(scenario, name, device, load, crew, executor) for name in names
+        }
         manager = stack.enter_context(_manager()) if jobs > 1 and len(names) > 1 else None
         finished: dict[str, StrategyResult] = {}
         if out is not None:

@@ -40,9 +40,11 @@ __all__ = [
     "Devices",
     "Evaluation",
     "FailureEntry",
+    "FlowerExecution",
     "NetworkOptions",
     "Peers",
     "Quantity",
+    "RayExecution",
     "Record",
     "Scenario",
     "Spec",
@@ -229,6 +231,55 @@ class ClientAppExecution:
     app: Callable[..., Any] | None = None
     run_config: dict[str, bool | int | float | str] | None = None
     train_config: dict[str, bool | int | float | str] | None = None
+
+
+_Workers = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class RayExecution(VectorisedExecution):
+    """As `vectorised`, with the devices shared out to workers on Ray, here or on a cluster.
+
+    Parameters
+    ----------
+    address : str, optional
+        Of a Ray cluster, "host:port"; `local` starts Ray for this run. By default the cluster that
+        `RAY_ADDRESS` or `ray start` on this machine offers, else `local`.
+    workers : int, optional
+        Processes; by default as many as fit.
+    cpus : float
+        Processors of each.
+    gpus : float
+        GPUs of each; half a one puts two workers on a GPU.
+    """
+
+    address: str | None = None
+    workers: _Workers | None = None
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FlowerExecution(ClientAppExecution):
+    """As `client_app`, in worker processes on Ray, the engine of Flower's own simulation.
+
+    Parameters
+    ----------
+    address : str, optional
+        Of a Ray cluster, "host:port"; `local` starts Ray for this run. By default the cluster that
+        `RAY_ADDRESS` or `ray start` on this machine offers, else `local`.
+    workers : int, optional
+        Processes; by default as many as fit.
+    cpus : float
+        Processors of each.
+    gpus : float
+        GPUs of each; half a one puts two workers on a GPU.
+    """
+
+    address: str | None = None
+    workers: _Workers | None = None
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Stop(_Section):

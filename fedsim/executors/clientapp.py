@@ -27,7 +27,7 @@ from fedsim.flower.records import private_copy
 from fedsim.learning.trainer import Trainer
 from fedsim.streams import bits
 
-__all__ = ["ClientAppExecutor", "check_app", "device_app", "mods_needed_by"]
+__all__ = ["ClientAppExecutor", "call_app", "check_app", "device_app", "mods_needed_by"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,13 @@ class ClientAppExecutor:
         What the app finds in ``context.run_config``.
     seed : int
         Of the global generators of `random`, numpy and torch, which an app may draw from.
+
+    Attributes
+    ----------
+    app, run_config
+        As given.
+    contexts : dict of int to Context
+        Node id → what the app keeps.
     """
 
     is_stateful = True
@@ -63,12 +70,12 @@ class ClientAppExecutor:
         run_config: Mapping[str, bool | int | float | str] | None = None,
         seed: int = 0,
     ) -> None:
-        self._app = app
+        self.app = app
         self._n_devices = n_devices
         self._node_base = node_base
-        self._run_config = dict(run_config or {})
+        self.run_config = dict(run_config or {})
         self._seed = seed
-        self._contexts: dict[int, Context] = {}
+        self.contexts: dict[int, Context] = {}
         self._n_answered: Counter[int] = Counter()
 
     def reply_bytes(self, message: Message) -> int | None:
@@ -77,25 +84,27 @@ class ClientAppExecutor:
 
     def __call__(self, messages: Sequence[Message]) -> list[Message]:
         """Return the app's reply to each message, in order."""
-        return [self._answer(message) for message in messages]
+        return [
+            call_app(
+                self.app,
+                message,
+                self.context_of(message.metadata.dst_node_id),
+                self.seed_of(message),
+            )
+            for message in messages
+        ]
 
-    def _answer(self, message: Message) -> Message:
-        private = copy(message)
-        private.content = private_copy(message.content)
+    def seed_of(self, message: Message) -> int:
+        """Return the seed of the global generators while this message is answered."""
         node_id = message.metadata.dst_node_id
         device, nth = node_id - self._node_base, self._n_answered[node_id]
         self._n_answered[node_id] += 1
-        seed = int(bits(self._seed, "client-app", device, round_of(message), nth))
-        try:
-            with _global_generators(seed):
-                return self._app(message=private, context=self._context(node_id))
-        except Exception as error:  # whatever the user's code raises
-            _log.debug("the client app raised", exc_info=True)
-            return Message(Error(compat.CLIENT_APP_RAISED, repr(error)), reply_to=message)
+        return int(bits(self._seed, "client-app", device, round_of(message), nth))
 
-    def _context(self, node_id: int) -> Context:
-        if node_id not in self._contexts:
-            self._contexts[node_id] = Context(
+    def context_of(self, node_id: int) -> Context:
+        """Return a node's context, a new one at its first message."""
+        if node_id not in self.contexts:
+            self.contexts[node_id] = Context(
                 run_id=1,
                 node_id=node_id,
                 node_config={
@@ -103,9 +112,32 @@ class ClientAppExecutor:
                     "num-partitions": self._n_devices,
                 },
                 state=RecordDict(),
-                run_config=dict(self._run_config),
+                run_config=dict(self.run_config),
             )
-        return self._contexts[node_id]
+        return self.contexts[node_id]
+
+
+def call_app(app: ClientApp, message: Message, context: Context, seed: int) -> Message:
+    """Return an app's reply to a message of its own; an error reply if it raises.
+
+    Parameters
+    ----------
+    app : ClientApp
+    message : Message
+        It is not changed.
+    context : Context
+        The app may change it.
+    seed : int
+        Of the global generators, which are put back afterwards.
+    """
+    private = copy(message)
+    private.content = private_copy(message.content)
+    try:
+        with _global_generators(seed):
+            return app(message=private, context=context)
+    except Exception as error:  # whatever the user's code raises
+        _log.debug("the client app raised", exc_info=True)
+        return Message(Error(compat.CLIENT_APP_RAISED, repr(error)), reply_to=message)
 
 
 @contextmanager

@@ -14,7 +14,13 @@ from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.layout import Layout
 from fedsim.learning.trainer import LocalResult, Trainer
 
-__all__ = ["RunningMean", "local_columns", "train_shares", "with_own_columns"]
+__all__ = [
+    "RunningMean",
+    "local_columns",
+    "shares_of",
+    "train_shares",
+    "with_own_columns",
+]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -129,10 +135,7 @@ def train_shares(
     """
     terms = terms or LocalTerms()
     _, samples = trainers[0].workload(devices, rounds, config)
-    # Dealt out from the largest on, so that the shares cost nearly the same.
-    order = np.argsort(-samples, kind="stable")
-    shares = [order[i :: len(trainers)] for i in range(len(trainers))]
-    shares = [share for share in shares if len(share)]
+    shares = shares_of(samples, len(trainers))
 
     def work(trainer: Trainer, rows: IntArray) -> LocalResult:
         part = terms.part(torch.from_numpy(rows))
@@ -149,3 +152,9 @@ def train_shares(
         np.concatenate([r.samples for r in results])[back],
         np.concatenate([r.steps for r in results])[back],
     )
+
+
+def shares_of(work: IntArray, n: int) -> list[IntArray]:
+    """Return at most `n` shares of nearly equal work, as rows: dealt out from the largest on."""
+    order = np.argsort(-work, kind="stable")
+    return [order[i::n] for i in range(min(n, len(order)))]
