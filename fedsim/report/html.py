@@ -108,7 +108,9 @@ def render_page(run: RunResult) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("fedsim.report").joinpath(name).read_text("utf-8")
+    """Return a part of the page. It lies in Markdown: Flower packs no .js or .css into an app."""
+    text = resources.files("fedsim.report").joinpath(f"{name}.md").read_text("utf-8")
+    return text[text.index("\n") + 1 : text.rindex("```")]
 
 
 def _inline(script: str) -> str:

@@ -72,7 +72,7 @@ def test_the_page_is_whole_small_and_asks_nobody(tmp_path, whole):
     page = Page(text.replace(library, ""))
     assert not {tag for tag, *_ in page.attributes} & {"link", "img", "iframe", "object", "base"}
     assert not [a for a in page.attributes if a[1] in {"src", "href", "srcset", "action"}]
-    assert "url(" not in (Path(html.__file__).parent / "page.css").read_text()
+    assert "url(" not in html._asset("page.css")
     assert "@import" not in text.split("</style>")[0]
 
 
@@ -221,7 +221,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_lines_stand_out_from_the_page_in_light_and_dark():
-    css = (Path(html.__file__).parent / "page.css").read_text()
+    css = html._asset("page.css")
     light, dark = re.findall(r"--surface: (#\w+)", css)[:2]
     for on_light, on_dark in series.COLOURS.items():
         assert contrast(on_light, light) >= 3
