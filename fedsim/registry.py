@@ -76,6 +76,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "choco_sgd": "strategies.choco:ChocoSGD",
             "compressed_sgd": "strategies.mcm:CompressedSGD",
             "d2": "strategies.tracking:D2",
+            "deadline_fedavg": "strategies.asynchronous:DeadlineFedAvg",
             "dp_client_adaptive": "flwr.serverapp.strategy:"
             "DifferentialPrivacyClientSideAdaptiveClipping",
             "dp_client_fixed": "flwr.serverapp.strategy:DifferentialPrivacyClientSideFixedClipping",
@@ -86,8 +87,10 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "extra": "strategies.tracking:EXTRA",
             "fedadagrad": "strategies.linear:FedAdagrad",
             "fedadam": "strategies.linear:FedAdam",
+            "fedasync": "strategies.asynchronous:FedAsync",
             "fedavg": "strategies.linear:FedAvg",
             "fedavgm": "strategies.linear:FedAvgM",
+            "fedbuff": "strategies.asynchronous:FedBuff",
             "fedmedian": "strategies.linear:FedMedian",
             "fedprox": "strategies.linear:FedProx",
             "fedtrimmedavg": "strategies.linear:FedTrimmedAvg",
@@ -428,6 +431,8 @@ def _readable(annotation: Any) -> Any:
     """Replace callable types by ones that read import strings."""
     if _is_callable_type(annotation):
         return _Importable
+    if typing.get_origin(annotation) is Annotated and "seconds" in annotation.__metadata__:
+        return units.Duration  # how code that does not know our units says it
     members = _members(annotation)
     if len(members) > 1:
         return typing.Union[tuple(_readable(member) for member in members)]  # noqa: UP007

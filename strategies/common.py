@@ -1,5 +1,6 @@
 """What several strategies share: models of many devices as rows of stacked tensors."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,17 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
-__all__ = ["RowArray", "mean_metrics", "mean_of", "record_of", "row_records", "stack_of"]
+__all__ = [
+    "RowArray",
+    "check",
+    "mean_metrics",
+    "mean_of",
+    "record_of",
+    "row_records",
+    "show_arguments",
+    "stack_of",
+    "tensor_of",
+]
 
 
 class RowArray(Array):
@@ -73,6 +84,12 @@ def row_records(stacks: Mapping[str, torch.Tensor], rows: Sequence[int]) -> list
 def record_of(reply: Message) -> ArrayRecord:
     """Return the first ArrayRecord of a reply."""
     return next(r for r in reply.content.values() if isinstance(r, ArrayRecord))
+
+
+def tensor_of(array: Array) -> torch.Tensor:
+    """Return an array's values; of a row of a stack, a view. Do not write to the result."""
+    stack: torch.Tensor | None = getattr(array, "stack", None)
+    return torch.from_numpy(array.numpy()) if stack is None else stack[array.row]  # type: ignore[attr-defined]
 
 
 def stack_of(replies: Sequence[Message]) -> dict[str, torch.Tensor]:
@@ -172,3 +189,30 @@ def _product(weights: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
         stack = stack.double()
     flat = stack.reshape(len(stack), -1)
     return (weights.to(stack.device, stack.dtype) @ flat).reshape(stack.shape[1:])
+
+
+def check(holds: bool, name: str, value: object, needed: str) -> None:
+    """Refuse a hyperparameter that is out of its range.
+
+    Raises
+    ------
+    ValueError
+        Names the parameter, its value and what it must be.
+    """
+    if not holds:
+        raise ValueError(f"{name} = {value}: must be {needed}")
+
+
+def show_arguments(cls: type) -> None:
+    """Let the signature of a class show the arguments that it passes on to its bases as well."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        for each in own:
+            if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL):
+                found.setdefault(each.name, each.replace(kind=each.KEYWORD_ONLY))
+        if not any(each.kind is each.VAR_KEYWORD for each in own):
+            break
+    cls.__signature__ = inspect.Signature(list(found.values()))  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ differential-privacy wrappers drop a whole round for one error reply but accept 
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -260,10 +260,13 @@ class NetworkGrid(Grid):
         self._n_pushed = 0
         self._round = 0
         self._flights: dict[str, _Flight] = {}
+        self._ready: dict[str, _Flight] = {}  # whose reply can be handed over
+        self._expiries: dict[str, float] = {}  # of undecided instructions with a time to live
         self._uncomputed: dict[str, _Flight] = {}
         self._lost: set[str] = set()
         self._given_up: dict[str, _Flight] = {}  # still under way, but nobody can ask any more
-        self._waiting: set[str] = set()  # ids somebody waits for now
+        self._waiting: Set[str] = frozenset()  # ids somebody waits for now
+        self._needed = 0  # how many of them are to be decided before it goes on
         self._was_hopeless = False
         self._traffic = Traffic()
 
@@ -344,28 +347,30 @@ class NetworkGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are there; if none is, advance virtual time to the next.
 
-        The time advances until one of `message_ids` has its reply or is lost; in the second case
-        the list is empty and `is_lost` tells which. Each reply is returned once, in the order in
-        which the instructions were pushed.
+        The time advances until one of `message_ids` has its reply or is lost; if all that happens
+        at that moment are losses, the list is empty and `is_lost` tells which. Each reply is
+        returned once, in the order in which the instructions were pushed. A set or the keys of a
+        mapping are not gone through: then the cost does not grow with how many are under way.
 
         Raises
         ------
         NetworkError
             If asked twice in a row for messages that can never have a reply.
         """
-        ids = list(message_ids)
-        if not self._ready(ids):
-            open_ids = {i for i in ids if i in self._flights}
-            is_hopeless = not open_ids
-            if open_ids:
-                self._run_until(open_ids, math.inf, needed=1)
+        ids = message_ids if isinstance(message_ids, Set) else set(message_ids)
+        if not any(message_id in ids for message_id in self._ready):
+            is_open = any(message_id in self._flights for message_id in ids)
+            if is_open:
+                self._run_until(ids, math.inf, needed=1)
+                while self.env.peek() == self.env.now:  # who else arrives at this moment
+                    self.env.step()
             elif self._was_hopeless:
                 raise NetworkError(
                     f"pull_messages was called again for {len(ids)} message(s) that are lost or "
                     "were already returned: no reply can ever come. Ask "
                     "grid.is_lost(message_id), or push something first."
                 )
-            self._was_hopeless = is_hopeless
+            self._was_hopeless = not is_open
         return self._collect(ids)
 
     def send_and_receive(
@@ -379,9 +384,8 @@ class NetworkGrid(Grid):
         """
         deadline = math.inf if timeout is None else self.env.now + timeout
         ids = self.push_messages(messages)
-        open_ids = {i for i in ids if i in self._flights and not self._flights[i].is_ready}
-        self._run_until(open_ids, deadline, needed=len(open_ids))
-        replies = self._collect(ids)
+        self.wait(ids, timeout=deadline - self.env.now)
+        replies = self._collect(set(ids))
         for message_id in ids:
             if message_id in self._flights:
                 flight = self._flights[message_id]
@@ -401,6 +405,17 @@ class NetworkGrid(Grid):
     def is_lost(self, message_id: str) -> bool:
         """Return whether the reply to a pushed instruction can never come (lost, expired)."""
         return message_id in self._lost
+
+    @property
+    def n_lost(self) -> int:
+        """How many instructions can never have a reply, so far."""
+        return len(self._lost)
+
+    def wait(self, message_ids: Iterable[str], *, timeout: float) -> None:
+        """Advance virtual time until these are answered or lost, at most `timeout` seconds."""
+        ids = message_ids if isinstance(message_ids, Set) else set(message_ids)
+        n_open = sum(i in self._flights and i not in self._ready for i in ids)
+        self._run_until(ids, self.env.now + timeout, needed=n_open)
 
     def advance(self, seconds: float) -> None:
         """Let virtual time pass."""
@@ -501,6 +516,8 @@ class NetworkGrid(Grid):
         elif known is None and self._is_dense:
             flight.known_bytes = self._executor.reply_bytes(message)
         self._flights[message_id] = self._uncomputed[message_id] = flight
+        if expires < math.inf:
+            self._expiries[message_id] = expires
         if self.trips is not None:
             self.trips.append(trip)
         if _is_train(message):
@@ -644,7 +661,17 @@ class NetworkGrid(Grid):
         self._settle(trip.message_id, has_arrived=not trip.is_lost)
         if trip.is_lost or given_up is not None:
             self._uncomputed.pop(trip.message_id, None)
-        self._waiting.discard(trip.message_id)
+        if given_up is None:
+            self._decide(trip.message_id)
+
+    def _decide(self, message_id: str) -> None:
+        """Note that an instruction has its reply, or never will."""
+        self._expiries.pop(message_id, None)
+        if message_id in self._waiting:
+            self._needed -= 1
+        flight = self._flights.get(message_id)
+        if flight is not None and flight.is_ready:
+            self._ready[message_id] = flight
 
     def _lose(self, flight: _Flight) -> None:
         if self._loss_reply == "missing" or flight.message is None:
@@ -657,14 +684,15 @@ class NetworkGrid(Grid):
 
     def _expire(self) -> None:
         """Give up the instructions waited for whose time to live is over."""
-        for message_id in sorted(self._waiting, key=int):
-            flight = self._flights[message_id]
-            if flight.expires <= self.env.now:
+        due = [i for i, time in self._expiries.items() if time <= self.env.now]
+        for message_id in due:
+            if message_id in self._waiting:
+                flight = self._flights[message_id]
                 flight.is_expired = True
                 self._lost.add(message_id)
-                self._waiting.discard(message_id)
                 self._given_up[message_id] = replace(flight)  # it is still under way
                 self._lose(flight)
+                self._decide(message_id)
 
     def _abandon(self, flight: _Flight) -> None:
         """Keep a late instruction only for as long as its sender does.
@@ -678,6 +706,8 @@ class NetworkGrid(Grid):
             return
 
         def forget(_: object) -> None:
+            self._ready.pop(message_id, None)
+            self._expiries.pop(message_id, None)
             if self._flights.pop(message_id, None) and flight.trip.outcome == "pending":
                 self._given_up[message_id] = flight
 
@@ -708,13 +738,10 @@ class NetworkGrid(Grid):
             flight.reply = reply
             self._uncomputed.pop(flight.trip.message_id, None)
 
-    def _ready(self, ids: Iterable[str]) -> list[_Flight]:
-        flights = (self._flights.get(message_id) for message_id in ids)
-        return [flight for flight in flights if flight is not None and flight.is_ready]
-
-    def _collect(self, ids: Iterable[str]) -> list[Message]:
+    def _collect(self, ids: Set[str]) -> list[Message]:
         """Hand over the replies that are there, in the order of their instructions."""
-        ready = sorted(self._ready(ids), key=lambda flight: int(flight.trip.message_id))
+        found = [message_id for message_id in self._ready if message_id in ids]
+        ready = [self._ready.pop(message_id) for message_id in sorted(found, key=int)]
         late = [flight for flight in ready if flight.reply is None and flight.message is None]
         for flight in late:  # its sender has come back for it
             flight.message = flight.sender() if flight.sender else None
@@ -786,14 +813,13 @@ class NetworkGrid(Grid):
             trip.payloads = dict.fromkeys(came)  # let go of the senders' models
         compat.fill(reply.content, {"delivery": compat.fill(ConfigRecord(), delivery)})
 
-    def _run_until(self, open_ids: set[str], deadline: float, *, needed: int) -> None:
+    def _run_until(self, ids: Set[str], deadline: float, *, needed: int) -> None:
         """Advance virtual time until `needed` of the instructions are decided, or `deadline`."""
-        self._waiting = open_ids
-        enough = len(open_ids) - needed
+        self._waiting, self._needed = ids, needed
         env = self.env
         self._neighbours.settle()
         expiry = self._next_expiry()
-        while len(self._waiting) > enough and min(time := env.peek(), expiry) <= deadline:
+        while self._needed > 0 and min(time := env.peek(), expiry) <= deadline:
             if time > expiry:
                 if env.now < expiry:
                     env.run(until=expiry)
@@ -806,16 +832,19 @@ class NetworkGrid(Grid):
                 why = self.network.why_stalled() or "no event is left in virtual time"
                 if place := self._collectives.why_stuck():
                     why = f"{place}; {why}"
+                n_open = sum(i in self._flights and i not in self._ready for i in ids)
                 raise NetworkError(
-                    f"{len(self._waiting)} message(s) can never be delivered: {why}. Set "
+                    f"{n_open} message(s) can never be delivered: {why}. Set "
                     "round_timeout to go on without them."
                 )
             env.step()
-        if len(self._waiting) > enough and env.now < deadline:
+        if self._needed > 0 and env.now < deadline:
             env.run(until=deadline)
+        self._waiting = frozenset()
 
     def _next_expiry(self) -> float:
-        return min((self._flights[i].expires for i in self._waiting), default=math.inf)
+        mine = (time for i, time in self._expiries.items() if i in self._waiting)
+        return min(mine, default=math.inf)
 
 
 def _is_train(message: Message) -> bool:

@@ -7,6 +7,10 @@ one line per batch of train instructions instead.
 A strategy that keeps a model for each device says so by its attribute ``device_models``, a mapping
 name → Tensor ``(n_devices, *shape)``. It is then evaluated by the mean over devices of each own
 model's scores, and its lines tell how far the models are apart.
+
+Whatever figures a strategy has of a round it puts into its attribute ``round_metrics``, a mapping
+name → number, before it calls `evaluate_fn`. They are written as ``strategy.<name>``; the mean
+staleness has a place of its own in a line.
 """
 
 import gc
@@ -16,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -252,10 +257,18 @@ class _Scorers:
 
     def models(self) -> Models | None:
         """Return the devices' own models, of the strategy or of one that it wraps."""
+        found: Models | None = self._attribute("device_models")
+        return found
+
+    def figures(self) -> dict[str, float]:
+        """Return the strategy's own figures of the round."""
+        return dict(self._attribute("round_metrics") or {})
+
+    def _attribute(self, name: str) -> Any:
+        """Return an attribute of the strategy, or of one that it wraps; None if empty."""
         inner: object = self.strategy
         while inner is not None:
-            found: Models | None = getattr(inner, "device_models", None)
-            if found:
+            if found := getattr(inner, name, None):
                 return found
             inner = getattr(inner, "strategy", None)
         return None
@@ -341,6 +354,7 @@ class _Books:
         if self._scorers.evaluate is None:
             scores = _of_devices(traffic)
         models = self._scorers.models()
+        own = self._scorers.figures()
         train_loss = _mean(traffic.train, "train_loss")
         row = RoundRow(
             round=server_round,
@@ -358,7 +372,8 @@ class _Books:
             messages_lost=traffic.messages_lost,
             devices_selected=len(traffic.selected),
             devices_replied=len(traffic.replied),
-            extra={**(extra or {}), **self._own_figures(traffic)},
+            mean_staleness=own.pop("mean_staleness", None),
+            extra={**(extra or {}), **own, **self._counted(traffic)},
         )
         self._record(row)
         self.outcome.rounds += 1
@@ -367,7 +382,7 @@ class _Books:
         if self.outcome.diverged or self.outcome.stopped_by:
             raise _Stop
 
-    def _own_figures(self, traffic: Traffic) -> dict[str, float]:
+    def _counted(self, traffic: Traffic) -> dict[str, float]:
         """Return what only some runs have: error replies, the parts of collectives, energy."""
         figures: dict[str, float] = {}
         if traffic.error_replies:
