@@ -225,7 +225,7 @@ class AsyncStrategy(Strategy):
         self._dtypes = {key: array.dtype for key, array in arrays.items()}
         self.version = 0
         self.round_metrics: dict[str, float] = {}
-        self._asked: dict[int, int] = {}  # node → instructions so far
+        self._asked: dict[int, tuple[int, int]] = {}  # node → last version sent, how often before
         self._open: list[tuple[Update, Message]] = []  # absorbed since the last version
         self._dropped = self._failures = 0
         self._flights = None
@@ -245,8 +245,12 @@ class AsyncStrategy(Strategy):
         return [self._instruction(node, config) for node in nodes]
 
     def _instruction(self, node: int, config: ConfigRecord) -> Message:
-        count = self._asked[node] = self._asked.get(node, 0) + 1
-        asked: dict[str, float] = {"server-round": self.version + 1, "local-round": count}
+        version, repeats = self._asked.get(node, (-1, -1))
+        repeats = repeats + 1 if version == self.version else 0
+        self._asked[node] = self.version, repeats
+        asked: dict[str, float] = {"server-round": self.version + 1}
+        if repeats:
+            asked["repeat"] = repeats
         if self.proximal_mu:
             asked["proximal-mu"] = self.proximal_mu
         content = RecordDict({"arrays": self.arrays, "config": ConfigRecord({**config, **asked})})

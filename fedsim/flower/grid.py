@@ -42,7 +42,7 @@ from fedsim.flower.records import (
     snapshot,
     template_of,
 )
-from fedsim.learning.config import LocalConfig
+from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network import Delivery, Network, collective
 from fedsim.network.exchange import Trip, serve
 from fedsim.network.neighbours import Hooks, Neighbours
@@ -499,7 +499,7 @@ class NetworkGrid(Grid):
             device=device,
             kind=meta.message_type,
             pushed=self.env.now,
-            round=round_of(message),
+            round=round_of(message) % ROUNDS,
             samples=self._work.samples(message, cargo.config, device),
             exchange=cargo.exchange.kind,
         )

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedsim.errors import PayloadError, ScenarioError
-from fedsim.learning.config import LocalConfig
+from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network.collective import Conduct
 from fedsim.network.neighbours import Manner
 from fedsim.registry import nearest
@@ -235,9 +235,17 @@ def round_of(message: Message) -> int:
     """Return the round that keys an instruction's random draws.
 
     It is the config's ``server-round``; a strategy that sends none gets the message's own number.
+    Where a device is sent the same round again, as by asynchronous strategies, the config's
+    ``repeat`` says the how-manieth time, from 1; the key is then repeat · `ROUNDS` more, which
+    schedules leave out.
     """
     number = server_round(message.content)
-    return int(message.metadata.message_id) if number is None else number
+    if number is None:
+        return int(message.metadata.message_id)
+    for record in message.content.values():
+        if isinstance(record, ConfigRecord) and isinstance(record.get("repeat"), int):
+            return number + ROUNDS * int(record["repeat"])  # type: ignore[arg-type]
+    return number
 
 
 def server_round(content: RecordDict) -> int | None:

@@ -12,7 +12,10 @@ from fedsim.errors import ScenarioError
 from fedsim.learning.schedules import Schedule
 from fedsim.streams import uniform
 
-__all__ = ["ExtraLoss", "LocalConfig", "LocalTerms"]
+__all__ = ["ROUNDS", "ExtraLoss", "LocalConfig", "LocalTerms"]
+
+ROUNDS = 1 << 32
+"""Rounds are below this; multiples of it tell apart the draws of repeated work in one round."""
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -129,7 +132,7 @@ class LocalConfig:
 
     def rates(self, rounds: IntArray) -> FloatArray:
         """Return the learning rate in each of the rounds."""
-        factor = np.ones(len(rounds)) if self.schedule is None else self.schedule(rounds)
+        factor = np.ones(len(rounds)) if self.schedule is None else self.schedule(rounds % ROUNDS)
         return self.learning_rate * factor
 
 

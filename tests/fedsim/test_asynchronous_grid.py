@@ -5,12 +5,15 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord
 
 from fedsim import runner
 from fedsim.errors import NetworkError
 from fedsim.flower.compat import identity
+from fedsim.flower.records import stack_records
 from fedsim.flower.session import start
+from fedsim.learning.config import LocalConfig
 from fedsim.scenario import load_scenario
 from strategies.asynchronous import DeadlineFedAvg, FedAsync, FedBuff
 from tests.fedsim.q8_world import error_of, q8_star
@@ -173,6 +176,28 @@ def test_pull_hands_over_all_that_arrives_at_one_moment():
 def _instructions(strategy, grid):
     with identity():
         return list(strategy.configure_train(1, strategy.arrays, ConfigRecord(), grid))
+
+
+def test_a_device_that_trains_a_version_again_draws_other_batches():
+    world = make_world(4, local=LocalConfig(local_steps=1, batch_size=4, schedule=Halved()))
+    strategy = FedBuff(buffer_size=100)
+    strategy.begin(world.initial())
+    with identity():
+        models = []
+        for _ in range(2):
+            asked = strategy.configure_train(1, strategy.arrays, ConfigRecord(), world.grid)
+            replies = world.grid.send_and_receive(asked)
+            models.append([stack_records([reply.content["arrays"]]) for reply in replies])
+            strategy.aggregate_train(1, replies)
+    for first, second in zip(*models, strict=True):
+        assert not all(torch.equal(first[key], second[key]) for key in first)
+    assert {trip.round for trip in world.grid.trips} == {1}
+
+
+class Halved:
+    def __call__(self, rounds):
+        assert set(rounds.tolist()) == {1}
+        return np.full(len(rounds), 0.5)
 
 
 @pytest.mark.slow
