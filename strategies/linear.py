@@ -6,7 +6,7 @@ stacked tensor, the weighted mean is a single ``w @ X`` instead of a loop over d
 ``super().aggregate_train`` reaches it. Results equal Flower's to rounding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -115,9 +115,27 @@ def _aggregate(
     combine: Callable[[Sequence[Message], torch.Tensor], dict[str, torch.Tensor]],
 ) -> Aggregate:
     """Combine the models with ``combine(replies, weights)``; average the metrics."""
-    valid, _ = strategy._check_and_log_replies(replies, is_train=True, validate=False)
+    valid, weights = accepted(strategy, replies)
     if not valid:
         return None, None
+    return plain_record(combine(valid, weights)), metrics_of(strategy, valid)
+
+
+def accepted(
+    strategy: flower.FedAvg, replies: Iterable[Message]
+) -> tuple[list[Message], torch.Tensor]:
+    """Return the replies without errors, and their weights by examples, which sum to 1.
+
+    Raises
+    ------
+    InconsistentMessageReplies
+        As `FedAvg` does.
+    ZeroDivisionError
+        If no reply has any examples.
+    """
+    valid, _ = strategy._check_and_log_replies(replies, is_train=True, validate=False)
+    if not valid:
+        return [], torch.empty(0, dtype=torch.float64)
     contents = [message.content for message in valid]
     _validate(contents, strategy.weighted_by_key)
     weights = torch.tensor(
@@ -126,12 +144,20 @@ def _aggregate(
     )
     if not weights.any():
         raise ZeroDivisionError(f"every reply's {strategy.weighted_by_key!r} is 0")
-    arrays = ArrayRecord()
-    for key, value in combine(valid, weights / weights.sum()).items():
-        arrays[key] = Array(np.asarray(value.cpu().numpy()))
+    return valid, weights / weights.sum()
+
+
+def metrics_of(strategy: flower.FedAvg, valid: Sequence[Message]) -> MetricRecord:
+    """Return the metrics of replies, aggregated as the strategy says."""
+    contents = [message.content for message in valid]
     if strategy.train_metrics_aggr_fn is aggregate_metricrecords:
-        return arrays, _mean_metrics(contents, strategy.weighted_by_key)
-    return arrays, strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
+        return _mean_metrics(contents, strategy.weighted_by_key)
+    return strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
+
+
+def plain_record(model: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Return a model as a record of plain arrays."""
+    return ArrayRecord({key: Array(np.asarray(v.cpu().numpy())) for key, v in model.items()})
 
 
 def _mean_metrics(contents: Sequence[RecordDict], weighted_by_key: str) -> MetricRecord:

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from fedsim.errors import PayloadError
 from fedsim.executors.halves import DeviceHalf, HalvesOfDevices
 from fedsim.flower import compat
-from fedsim.flower.instructions import WorkPlan, round_of
+from fedsim.flower.instructions import WorkPlan, round_of, wants_steps
 from fedsim.flower.records import payload_bytes, stack_records, stacked_record
 from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.trainer import Trainer
@@ -199,6 +199,8 @@ def _train(
     contents = []
     for i, (n, loss) in enumerate(zip(samples.tolist(), result.loss.tolist(), strict=True)):
         metrics = compat.fill(MetricRecord(), {"num-examples": n, "train_loss": loss})
+        if wants_steps(batch[i].content):
+            metrics["local_steps"] = int(result.steps[i])
         records = {name: stacked_record(stacks, i), "metrics": metrics}
         contents.append(compat.fill(RecordDict(), records))
     return contents

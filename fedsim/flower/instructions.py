@@ -26,6 +26,7 @@ __all__ = [
     "round_of",
     "server_round",
     "training_config",
+    "wants_steps",
 ]
 
 NODE_BASE = 1000
@@ -256,6 +257,12 @@ def server_round(content: RecordDict) -> int | None:
     return None
 
 
+def wants_steps(content: RecordDict) -> bool:
+    """Return whether a config asks for the metric ``local_steps``: ``report`` is "steps"."""
+    record = content.get("config")
+    return isinstance(record, ConfigRecord) and record.get("report") == "steps"
+
+
 def training_config(
     config: LocalConfig, extra: Mapping[str, bool | int | float | str] | None = None
 ) -> ConfigRecord:
@@ -298,8 +305,8 @@ class WorkPlan:
     def local_config(self, content: RecordDict) -> LocalConfig:
         """Return the local work that an instruction asks for.
 
-        The keys `mode`, `local-epochs`, `local-steps`, `batch-size`, `learning-rate` and
-        `proximal-mu` of any ConfigRecord count; the record `exchange` does not.
+        The keys `mode`, `local-epochs`, `local-steps`, `batch-size`, `learning-rate`,
+        `momentum` and `proximal-mu` of any ConfigRecord count; the record `exchange` does not.
 
         Raises
         ------
@@ -361,5 +368,6 @@ _CONFIG_KEYS = {
     "local-steps": "local_steps",
     "batch-size": "batch_size",
     "learning-rate": "learning_rate",
+    "momentum": "momentum",
     "proximal-mu": "proximal_mu",
 }
