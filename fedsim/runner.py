@@ -72,7 +72,18 @@ from fedsim.streams import stream
 from topologies.attributes import Graph, servers_of, switches_of
 from topologies.dynamics import b_connectivity
 
-__all__ = ["Progress", "RunError", "Simulation", "build", "check", "run"]
+__all__ = [
+    "Progress",
+    "RunError",
+    "Runs",
+    "Simulation",
+    "build",
+    "check",
+    "describe_world",
+    "prepare",
+    "record_links",
+    "run",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -577,9 +588,9 @@ def run(
         manager = stack.enter_context(_manager()) if jobs > 1 and len(names) > 1 else None
         finished: dict[str, StrategyResult] = {}
         if out is not None:
-            finished = _prepare(scenario, out, resume=resume, force=force)
-            _write_world(out / "world.json", scenario, simulations)
-        runs = _Runs(scenario, out, finished)
+            finished = prepare(scenario, out, resume=resume, force=force)
+            describe_world(out / "world.json", scenario, simulations)
+        runs = Runs(scenario, out, finished)
         for name, kept in finished.items():
             progress(_kept(name, kept, scenario.rounds))
         todo = [name for name in names if name not in finished]
@@ -601,7 +612,7 @@ def run(
     return result
 
 
-class _Runs:
+class Runs:
     """What has been run so far; `summary.json` is replaced after each strategy."""
 
     def __init__(
@@ -635,6 +646,7 @@ class _Runs:
             )
 
     def result(self) -> RunResult:
+        """Return all that is complete."""
         if self._out is not None:
             return load_run(self._out)
         return RunResult(
@@ -699,7 +711,7 @@ def _run_one(
         if target is None and scenario.stop is not None:
             target = scenario.stop.accuracy
         if recorder.has_transfers:
-            _record_links(recorder, simulation.network)
+            record_links(recorder, simulation.network)
         summary = summarise(
             recorder.rows,
             target=target,
@@ -714,7 +726,7 @@ def _run_one(
     return strategy_result(recorder, summary), ""
 
 
-def _record_links(recorder: Recorder, network: Network) -> None:
+def record_links(recorder: Recorder, network: Network) -> None:
     """Record what each link that was used has carried, and how it varied."""
     end = network.env.now
     for use in network.link_uses():
@@ -734,7 +746,7 @@ def _record_links(recorder: Recorder, network: Network) -> None:
 
 
 def _run_in_processes(
-    runs: _Runs,
+    runs: Runs,
     names: Sequence[str],
     jobs: int,
     settings: tuple[Scenario, Path | None, str, Path | None],
@@ -814,8 +826,8 @@ def _work(
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _prepare(
-    scenario: Scenario, out: Path, *, resume: bool, force: bool
+def prepare(
+    scenario: Scenario, out: Path, *, resume: bool = False, force: bool = False
 ) -> dict[str, StrategyResult]:
     """Make `out` ready; return the strategies that a resumed run keeps."""
     text = scenario.to_yaml(_versions())
@@ -905,7 +917,8 @@ def _versions() -> dict[str, str]:
     return {"fedsim": __version__, "python": platform.python_version()} | found
 
 
-def _write_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
+def describe_world(path: Path, scenario: Scenario, simulations: Mapping[str, Simulation]) -> None:
+    """Write what a report tells of the world that strategies were compared in."""
     first = next(iter(simulations.values()))
     data, layout = first.trainer.data, first.trainer.layout
     labels = data.label_counts()  # no rows where data are made when they are asked for

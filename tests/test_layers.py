@@ -17,14 +17,14 @@ LAYERS = [
     {"flower", "report"},
     {"executors"},
     {"runner"},
-    {"sweep", "whatif", "verify"},
+    {"sweep", "whatif", "verify", "wrapped"},
     {"cli", "app"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {
     "torch": {"data", "learning", "flower", "executors", "strategies", "verify"},
     "simpy": {"network", "flower", "runner", "verify"},
-    "flwr": {"flower", "executors", "app", "strategies"},
+    "flwr": {"flower", "executors", "app", "wrapped", "strategies"},
     "yaml": {"document", "scenario"},
     "typer": {"cli"},
 }

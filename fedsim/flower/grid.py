@@ -14,9 +14,11 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from importlib import import_module
+from typing import Any, Literal, Protocol, cast
 
 import simpy
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -269,6 +271,19 @@ class NetworkGrid(Grid):
         self._needed = 0  # how many of them are to be decided before it goes on
         self._was_hopeless = False
         self._traffic = Traffic()
+
+    @staticmethod
+    def wrap(
+        grid: Grid, scenario: Any, out: Any = None, **options: Any
+    ) -> AbstractContextManager["NetworkGrid"]:
+        """Return a scenario's network around the grid that Flower hands to a `ServerApp`.
+
+        ``with NetworkGrid.wrap(grid, "world.yaml", "runs/mine") as net: strategy.start(net, ...)``
+        is all that an app of yours has to add; see `fedsim.wrapped.wrap` for the arguments.
+        """
+        # What a scenario means is the runner's to know, a room above: so by name, and only here.
+        made = import_module("fedsim.wrapped").wrap(grid, scenario, out, **options)
+        return cast(AbstractContextManager[NetworkGrid], made)
 
     # --- what Flower asks of a grid -----------------------------------------------------------
 

@@ -43,6 +43,7 @@ __all__ = [
     "consensus_distance",
     "session",
     "start",
+    "watched",
 ]
 
 Models = Mapping[str, torch.Tensor]
@@ -247,11 +248,35 @@ def start(
     return books.outcome
 
 
+@contextmanager
+def watched(grid: NetworkGrid, seed: int, record: Callable[[RoundRow], None]) -> Iterator[None]:
+    """Record what a user's own code starts on the grid: a line for each batch of training.
+
+    Parameters
+    ----------
+    grid : NetworkGrid
+    seed : int
+        Seeds node sampling.
+    record : callable
+        Gets each line as it is closed; scores are those of the devices.
+    """
+    books = _Books(
+        grid, 0, _Scorers(None, None, None), 1, record, StopRule(), ArrayRecord(), may_end=False
+    )
+    grid.on_train_push = books.close_without_evaluation
+    try:
+        with session(grid, seed, verbose=True):
+            yield
+            books.close_without_evaluation()
+    finally:
+        grid.on_train_push = lambda: None
+
+
 @dataclass(frozen=True, slots=True)
 class _Scorers:
     """How a strategy's model, or its models, are scored on the server."""
 
-    strategy: Strategy
+    strategy: Strategy | None
     evaluate: Callable[[ArrayRecord], Evaluation] | None
     evaluate_models: Callable[[Models], Evaluation] | None
 
@@ -297,8 +322,11 @@ class _Books:
         record: Callable[[RoundRow], None],
         stop: StopRule,
         initial: ArrayRecord,
+        *,
+        may_end: bool = True,
     ) -> None:
         self._grid = grid
+        self._may_end = may_end
         self._rounds = rounds
         self._scorers = scorers
         self._every = every
@@ -379,7 +407,7 @@ class _Books:
         self.outcome.rounds += 1
         self.outcome.stopped_by = self._stop_reason(row)
         self._check_divergence((scores.loss, train_loss), traffic, arrays)
-        if self.outcome.diverged or self.outcome.stopped_by:
+        if self._may_end and (self.outcome.diverged or self.outcome.stopped_by):
             raise _Stop
 
     def _counted(self, traffic: Traffic) -> dict[str, float]:
