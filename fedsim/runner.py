@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fedsim import registry
-from fedsim.data.datasets import Dataset, hold_out
+from fedsim.data.datasets import Dataset, hold_out, shorten
 from fedsim.data.federated import DeviceData, federate
 from fedsim.data.partition import check_parts
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
@@ -332,10 +332,11 @@ def _at(place: str, *, is_strategy: bool = False) -> Iterator[None]:
 
 def _loader(scenario: Scenario, data_dir: Path | None) -> LoadData:
     """Return what loads and splits the data when it is first asked, once for all strategies."""
-    return cache(partial(_load_data, scenario.data, scenario.seed, data_dir))
+    samples = scenario.evaluation.samples
+    return cache(partial(_load_data, scenario.data, scenario.seed, data_dir, samples))
 
 
-def _load_data(data: Data, seed: int, data_dir: Path | None) -> DeviceData:
+def _load_data(data: Data, seed: int, data_dir: Path | None, samples: int | None) -> DeviceData:
     dataset = registry.build(
         "dataset",
         data.dataset.spec(),
@@ -345,9 +346,14 @@ def _load_data(data: Data, seed: int, data_dir: Path | None) -> DeviceData:
         data_dir=data_dir,
     )
     if not isinstance(dataset, Dataset):  # made for so many devices, nothing is left to split
+        if samples is not None:
+            kind = data.dataset.kind
+            raise ScenarioError(f"evaluation.samples: {kind} is made on the devices, leave it out")
         return _made(dataset, data)
     if data.validation_fraction:
         dataset = hold_out(dataset, validation_fraction=data.validation_fraction, seed=seed)
+    if samples is not None:
+        dataset = shorten(dataset, samples=samples, seed=seed)
     parts = registry.build(
         "partition",
         data.partition.spec(),

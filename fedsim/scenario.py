@@ -499,6 +499,8 @@ class Evaluation(_Section):
     """Whether evaluation on devices takes time and traffic; by default it does."""
     target: float | None = Field(default=None, gt=0, le=1)
     """Accuracy for the time, the rounds and the bytes to target in the summary."""
+    samples: int | None = Field(default=None, ge=1)
+    """At most so many of the test or validation samples, the same ones always; none: all."""
 
     @model_validator(mode="before")
     @classmethod

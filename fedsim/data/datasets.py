@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedsim.errors import ScenarioError
 from fedsim.streams import stream
 
-__all__ = ["Dataset", "hold_out", "load_digits", "load_npz", "split_test"]
+__all__ = ["Dataset", "hold_out", "load_digits", "load_npz", "shorten", "split_test"]
 
 IntArray = NDArray[np.int64]
 
@@ -164,6 +164,26 @@ def hold_out(dataset: Dataset, *, validation_fraction: float, seed: int) -> Data
         device_train=None if dataset.device_train is None else dataset.device_train[kept],
         x_validation=dataset.x_train[held],
         y_validation=dataset.y_train[held],
+    )
+
+
+def shorten(dataset: Dataset, *, samples: int, seed: int) -> Dataset:
+    """Return the data set with at most `samples` (1 or more) random test and validation samples.
+
+    The choice depends on `seed` and the part alone.
+    """
+    chosen = {
+        part: np.sort(stream(seed, f"{part}-samples").permutation(len(y))[:samples])
+        for part, _, y in dataset._parts()
+        if part != "train"
+    }
+    return replace(
+        dataset,
+        **{
+            f"{axis}_{part}": getattr(dataset, f"{axis}_{part}")[rows]
+            for part, rows in chosen.items()
+            for axis in "xy"
+        },
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from fedsim.recorder import dump_json
-from fedsim.report import page_data, series, timeline
+from fedsim.report import exchanges, page_data, series, timeline
 from fedsim.report.plots import write_plots
 from fedsim.report.tables import (
     COLUMNS,
@@ -69,7 +69,9 @@ def write_report(directory: Path) -> Path:
 def render_page(run: RunResult) -> str:
     """Return the page as text."""
     recorded = timeline.timelines(run)
-    data = _json(page_data.collect(run, recorded))
+    found = exchanges.exchanges_of(run)
+    drawn = page_data.pictures(found)
+    data = _json(page_data.collect(run, recorded, drawn))
     library = _inline(get_plotlyjs())
     program = _inline(_asset("page.js"))
     policy = (
@@ -93,6 +95,7 @@ def render_page(run: RunResult) -> str:
             _comparison(run),
             _curves(run),
             _time(run, recorded),
+            _exchanges(run, found, drawn),
             _world(run),
             _scenario(run),
             "</main>",
@@ -361,6 +364,84 @@ def _links(run: RunResult, names: Sequence[str]) -> str:
                 rows.append((f' data-strategy="{index}"', cells))
     headings = ("link", "strategy", "rate", "latency", "carried", "busy", "utilisation")
     return _table(headings, rows) if rows else ""
+
+
+def _exchanges(
+    run: RunResult,
+    found: Sequence[exchanges.Exchanges],
+    drawn: Sequence[exchanges.Picture],
+) -> str:
+    """Return who exchanged with whom: where transfers between devices were recorded."""
+    if not found:
+        return ""
+    options = "".join(
+        f'<option value="{k}">{escape(", ".join(one.strategies))}</option>'
+        for k, one in enumerate(found)
+    )
+    head = (
+        "<h3>The graph over time</h3>"
+        f'<select id="partners-choice" aria-label="strategies">{options}</select>'
+    )
+    key = (
+        '<p class="quiet key"><i class="came"></i>a payload arrived, one way or both '
+        '<i class="lost"></i>none did <i class="alone"></i>heard from nobody</p>'
+    )
+    graphs = "".join(
+        _small_multiples(k, *pair) for k, pair in enumerate(zip(found, drawn, strict=True))
+    )
+    figure = (
+        '<h3>Devices that each one heard from, round by round</h3><div class="chart" '
+        'id="partners" role="img" aria-label="how many devices each device heard from"></div>'
+    )
+    return (
+        '<h2>Who exchanged with whom</h2><div class="grid">'
+        + _wide(_connectivity(run, found), "table")
+        + _wide(f'<div class="head">{head}</div>{key}{graphs}{figure}')
+        + "</div>"
+    )
+
+
+def _small_multiples(index: int, one: exchanges.Exchanges, picture: exchanges.Picture) -> str:
+    figures = "".join(
+        f"<figure>{exchanges.svg(drawing, picture.shown)}"
+        f"<figcaption>round {drawing.round}</figcaption></figure>"
+        for drawing in picture.drawings
+    )
+    shown, hidden = len(picture.shown), "" if index == 0 else " hidden"
+    few = f"{shown} of {one.devices:,} devices are drawn" if shown < one.devices else ""
+    same = "every round has these links" if len(picture.drawings) == 1 < len(one.rounds) else ""
+    note = "; ".join(filter(None, (few, same)))
+    return (
+        f'<div class="graphs" data-history="{index}"{hidden}>{figures}'
+        + (f'<p class="quiet">{note}</p>' if note else "")
+        + "</div>"
+    )
+
+
+def _connectivity(run: RunResult, found: Sequence[exchanges.Exchanges]) -> str:
+    rows = []
+    for one in found:
+        told, heard = one.connectivity(), one.partners()
+        lost = format_percent(1 - float(one.arrived.mean()))
+        window = "–" if told is None else str(told.window or "never")
+        share = "–" if told is None else format_percent(told.connected_share)
+        for name in one.strategies:
+            apart = [row.consensus_distance for row in run.strategies[name].rounds]
+            known = [value for value in apart if value is not None]
+            ends = [format_significant(known[i]) for i in (0, -1)] if known else ["–", "–"]
+            figures = [format_significant(v) for v in (heard.mean(), (heard == 0).sum(0).mean())]
+            rows.append(("", (name, *figures, lost, share, window, *ends)))
+    headings = (
+        "strategy",
+        "heard from, a device and round",
+        "devices that heard from nobody, a round",
+        "payloads lost",
+        "rounds that connect all",
+        "B: this many in a row always connect all",
+        "consensus distance, first round",
+        "last round",
+    )
+    return _table(headings, rows)
 
 
 def _world(run: RunResult) -> str:

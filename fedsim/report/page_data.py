@@ -4,13 +4,14 @@ Decision: a page stays far below 6 MB whatever the run, 4.8 MB of which are plot
 upper bounds here, and numbers have six digits, which is finer than a pixel.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from fedsim.report import series, timeline
+from fedsim.report import exchanges, series, timeline
 from fedsim.report.tables import format_bytes
 from fedsim.results import RunResult
 
-__all__ = ["collect", "has_device_figure", "has_network_figure", "measures", "strips"]
+__all__ = ["collect", "has_device_figure", "has_network_figure", "measures", "pictures", "strips"]
 
 _CURVE_NUMBERS = 60_000  # of all curves together
 _HEAT_CELLS = 30_000
@@ -20,9 +21,17 @@ _TIMELINE_SPANS = 6_000  # of all strategies together
 _SPAN_KEYS = ("row", "side", "start", "length", "critical", "arrived", "label")
 _STRIP_LINKS = 40
 _STRIP_BINS = 240
+_GRAPHS = 8
+_GRAPH_DEVICES = 60
+_GRAPH_LINES = 8_000  # of all histories together
+_PARTNER_CELLS = 24_000  # likewise
 
 
-def collect(run: RunResult, recorded: dict[str, timeline.Timeline]) -> dict[str, Any]:
+def collect(
+    run: RunResult,
+    recorded: dict[str, timeline.Timeline],
+    drawn: Sequence[exchanges.Picture] = (),
+) -> dict[str, Any]:
     """Return everything that the page's program reads, ready for JSON."""
     lists = len(run.strategies) * (5 + len(measures(run)))  # three abscissae, accuracy and loss
     points = max(40, _CURVE_NUMBERS // max(1, lists))
@@ -55,6 +64,7 @@ def collect(run: RunResult, recorded: dict[str, timeline.Timeline]) -> dict[str,
         "networks": [_network_data(run, n) for n in run.world.get("networks", ())],
         "timelines": _timeline_data(run, recorded),
         "strips": _strip_data(run),
+        "partners": [_partner_data(picture) for picture in drawn],
     }  # fmt: skip
 
 
@@ -193,4 +203,28 @@ def _strip_data(run: RunResult) -> dict[str, Any] | None:
         "links": states.links,
         "until": states.until,
         "level": [[round(v, 3) for v in row] for row in states.level.tolist()],
+    }
+
+
+def pictures(found: Sequence[exchanges.Exchanges]) -> list[exchanges.Picture]:
+    """Return what the page draws of each history of exchanges."""
+    count = max(1, len(found))
+    return [
+        exchanges.picture(
+            one,
+            max_graphs=_GRAPHS,
+            max_devices=_GRAPH_DEVICES,
+            max_lines=_GRAPH_LINES // count,
+            max_bins=max(10, _PARTNER_CELLS // count // min(_GRAPH_DEVICES, one.devices)),
+        )
+        for one in found
+    ]
+
+
+def _partner_data(picture: exchanges.Picture) -> dict[str, Any]:
+    return {
+        "devices": picture.shown,
+        "first": [first for first, _ in picture.bins],
+        "last": [last for _, last in picture.bins],
+        "level": [[_short(value) for value in row] for row in picture.partners.tolist()],
     }

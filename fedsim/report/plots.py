@@ -6,6 +6,7 @@ the same bytes with the same matplotlib.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from fedsim.report import series, timeline
+from fedsim.report import exchanges, series, timeline
 from fedsim.results import RunResult
 
 __all__ = ["write_plots"]
@@ -41,6 +42,7 @@ _SETTINGS: Any = {
 _ABSCISSAE = {"round": "round", "time": "time", "traffic": "bytes"}
 _MAX_POINTS = 4_000
 _LEGEND_NAME = 32
+_ALONE = "#d9480f"
 
 
 def write_plots(run: RunResult, directory: Path) -> list[Path]:
@@ -87,6 +89,8 @@ def _figures(run: RunResult) -> Iterator[tuple[str, Callable[[Axes], None]]]:
     states = timeline.link_states(run, max_links=40, bins=400)
     if states is not None:
         yield "link_states", partial(_link_states, states)
+    for index, one in enumerate(exchanges.exchanges_of(run), start=1):
+        yield f"exchanges_{index}", partial(_exchanges, one)
     for index, result in enumerate(run.strategies.values(), start=1):
         spans = timeline.spans_of(result)
         paths = [] if spans is None else timeline.round_paths(result, spans)
@@ -247,6 +251,51 @@ def _timeline(title: str, spans: timeline.Spans, path: timeline.RoundPath, axes:
     axes.set_xlabel(f"virtual time since the round began ({unit})")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
+
+
+def _exchanges(found: exchanges.Exchanges, axes: Axes) -> None:
+    """Draw the graphs of a few rounds above a strip: how many devices each one heard from."""
+    drawn = exchanges.picture(found, max_graphs=5, max_devices=60, max_lines=10_000, max_bins=400)
+    axes.set_title(_short(", ".join(found.strategies)), fontsize=9)
+    axes.axis("off")
+    for at, drawing in enumerate(drawn.drawings):
+        _graph(drawing, len(drawn.shown), axes.inset_axes((0.2 * at, 0.62, 0.19, 0.33)))
+    strip = axes.inset_axes((0.0, 0.0, 0.92, 0.52))
+    most = max(1.0, float(drawn.partners.max()))
+    colours = _partner_colours(most)
+    image = strip.imshow(
+        drawn.partners, aspect="auto", cmap=colours, vmin=0, vmax=most, interpolation="nearest",
+        extent=(drawn.bins[0][0] - 0.5, drawn.bins[-1][1] + 0.5, len(drawn.shown) - 0.5, -0.5),
+    )  # fmt: skip
+    strip.grid(visible=False)
+    strip.xaxis.set_major_locator(MaxNLocator(integer=True))
+    strip.set_xlabel("round; orange: lost payloads, and devices that heard from nobody")
+    few = len(drawn.shown) < found.devices
+    strip.set_ylabel("devices, some of them" if few else "device")
+    axes.figure.colorbar(image, cax=axes.inset_axes((0.94, 0.0, 0.015, 0.52)), label="heard from")
+
+
+def _partner_colours(most: float) -> LinearSegmentedColormap:
+    """Return a scale from 0 to `most` on which half a device and less stands out."""
+    none = min(0.5, 0.5 / most)
+    stops = ((0.0, _ALONE), (none, _ALONE), (none, "#e9edf6"), (1.0, "#14297d"))
+    return LinearSegmentedColormap.from_list("partners", stops)
+
+
+def _graph(drawing: exchanges.Drawing, count: int, axes: Axes) -> None:
+    at = exchanges.places(count)
+    lines = len(drawing.arrived) + len(drawing.lost)
+    faint, width = max(0.2, min(0.9, 60 / max(1, lines))), 1.2 if lines <= 60 else 0.5
+    for pairs, colour, dash in ((drawing.arrived, "#1f3fb8", "-"), (drawing.lost, _ALONE, "--")):
+        # one line with gaps for all pairs
+        x = [v for a, b in pairs for v in (at[a][0], at[b][0], nan)]
+        y = [v for a, b in pairs for v in (at[a][1], at[b][1], nan)]
+        axes.plot(x, y, dash, color=colour, alpha=faint, lw=width)
+    colours = [_ALONE if i in set(drawing.alone) else "#5a636e" for i in range(count)]
+    axes.scatter([x for x, _ in at], [y for _, y in at], s=8, c=colours, zorder=3, linewidths=0)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    axes.set_title(f"round {drawing.round}", fontsize=8)
 
 
 def _logarithmic(axes: Axes, unit: str) -> None:

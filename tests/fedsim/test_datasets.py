@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedsim.data.datasets import Dataset, hold_out, load_digits, load_npz
+from fedsim.data.datasets import Dataset, hold_out, load_digits, load_npz, shorten
 from fedsim.errors import ScenarioError
 
 
@@ -43,6 +43,18 @@ def test_held_out_samples_leave_the_training_part():
     together = np.concatenate([held.x_train, held.x_validation])
     assert np.array_equal(np.sort(together.sum(1)), np.sort(digits.x_train.sum(1)))
     assert hold_out(digits, validation_fraction=0, seed=1) is digits
+
+
+def test_a_shortened_set_keeps_training_samples_and_chooses_the_same_others():
+    digits = hold_out(load_digits(seed=1), validation_fraction=0.1, seed=1)
+    short = shorten(digits, samples=100, seed=3)
+    assert (len(short.y_test), len(short.y_validation)) == (100, 100)
+    assert short.x_train is digits.x_train
+    assert set(map(bytes, short.x_test)) <= set(map(bytes, digits.x_test))
+    again = shorten(digits, samples=100, seed=3)
+    assert np.array_equal(short.x_test, again.x_test)
+    assert not np.array_equal(short.x_test, shorten(digits, samples=100, seed=4).x_test)
+    assert len(shorten(digits, samples=10_000, seed=3).y_test) == len(digits.y_test)
 
 
 def test_npz_brings_its_own_data_and_device_ids(tmp_path):

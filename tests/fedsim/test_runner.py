@@ -337,3 +337,17 @@ def test_transfers_and_work_are_recorded_on_request(tmp_path):
     assert (work.finished > work.started).all()
     assert transfers.route[0].tolist()[-1].startswith("down-")
     assert (transfers.destination == 6).equals(transfers.kind == "up")
+
+
+def test_scores_may_be_taken_on_a_fixed_part_of_the_common_samples(tmp_path, no_report):
+    result = fedsim.run(tiny(rounds=1, evaluation={"samples": 50}), tmp_path)
+    assert json.loads((tmp_path / "world.json").read_text())["data"]["test_samples"] == 50
+    accuracy = result.strategies["linear"].summary["final_accuracy"]
+    assert round(50 * accuracy, 9).is_integer()
+
+
+def test_data_made_on_devices_have_no_common_samples_to_choose_from():
+    with pytest.raises(
+        ScenarioError, match=r"evaluation\.samples: synthetic is made on the devices"
+    ):
+        fedsim.run(tiny(data={"dataset": "synthetic", "devices": 6}, evaluation={"samples": 9}))
