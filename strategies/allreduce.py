@@ -28,7 +28,8 @@ from strategies.layout import Layout, tensors_of
 from strategies.optimizers import Kind, Moments, RankOptimizer
 from strategies.reduction import ChunkFaults, Reduction, one_of, schedule_for
 from topologies.placement import COLLECTIVES
-from topologies.profiles import profile
+from topologies.profiles import PROFILES
+from topologies.profiles import profile as find_profile
 from topologies.schedules import Schedule
 
 __all__ = ["AllReduceSGD"]
@@ -85,9 +86,12 @@ class AllReduceSGD(Strategy):
     chunk_loss, chunk_corruption : float
         Probability that a message inside the collective is lost, or arrives with a flipped bit,
         and nobody notices. Needs `arithmetic: schedule`.
-    payload : int or str, optional
-        Charge so many bytes, or those of a profile (``vgg19``), instead of the model's: a large
-        model's times beside a small model's training.
+    profile : str, optional
+        Time the tensors of this model (``vgg19``) instead of those of the model that is trained: a
+        key of `topologies.profiles.PROFILES`. Its bytes are charged, and compute overlaps by its
+        layers; how long compute takes is the devices' affair.
+    payload : int, optional
+        Charge so many bytes, whatever the model.
     barrier : {"global", "local"}
         Whether a rank goes on to the next step of the collective when everybody, or it, is ready.
     fusion_bytes : int, optional
@@ -149,7 +153,8 @@ class AllReduceSGD(Strategy):
         error_feedback: bool = True,
         chunk_loss: float = 0.0,
         chunk_corruption: float = 0.0,
-        payload: int | str | None = None,
+        profile: str | None = None,
+        payload: int | None = None,
         barrier: Literal["global", "local"] = "global",
         fusion_bytes: int | None = None,
         overlap: bool = False,
@@ -174,6 +179,7 @@ class AllReduceSGD(Strategy):
         self.levels = levels
         self.schedule = schedule
         self.error_feedback = error_feedback
+        self.profile = profile
         self.payload = payload
         self.barrier = barrier
         self.fusion_bytes = fusion_bytes
@@ -208,10 +214,8 @@ class AllReduceSGD(Strategy):
                 f"top_k = {top_k} with collective = {self.collective!r}: partial sums of "
                 "sparse vectors fill up; use all_to_all"
             )
-        if isinstance(self.payload, str):
-            profile(self.payload)
-        else:
-            _at_least("payload", self.payload, 1)
+        one_of("profile", self.profile, (None, *PROFILES))
+        _at_least("payload", self.payload, 1)
 
     # --- what is remembered -------------------------------------------------------------------
 
@@ -285,13 +289,13 @@ class AllReduceSGD(Strategy):
         stepped, self._moments = self.optimizer.step(
             models, mean, self._moments, self._optimizer_rate(), self._steps
         )
-        if self.exchange_period > 1:
-            stepped = self._averaged_statistics(stepped, models - mean)
+        is_local = self.exchange_period > 1
+        self._models = self._with_statistics(stepped, models - mean if is_local else models)
+        if is_local:
             self._average_counters(valid)
-        self._models = stepped
         metrics = mean_metrics(valid)
-        spread = (stepped - stepped.mean(0)).square().sum(1, dtype=torch.float64).mean()
-        metrics["consensus_distance"] = float(spread)
+        distance = (self._models - self._models.mean(0)).square().sum(1, dtype=torch.float64)
+        metrics["consensus_distance"] = float(distance.mean())
         return self._mean_model(), metrics
 
     def configure_evaluate(
@@ -353,6 +357,7 @@ class AllReduceSGD(Strategy):
             "kind": "collective",
             "collective": self.collective,
             "when": "with" if self.overlap else "after",
+            "profile": self.profile,
             "payload_bytes": self.payload_bytes(),
             "barrier": self.barrier,
             "fusion_bytes": self.fusion_bytes,
@@ -364,13 +369,13 @@ class AllReduceSGD(Strategy):
 
     def payload_bytes(self) -> int | None:
         """Return what each rank's vector weighs on the wire; None: what its reply weighs."""
-        if isinstance(self.payload, str):
-            return profile(self.payload).n_bytes
         if self.payload is not None:
             return self.payload
-        if self._layout is None or (
-            self.reduction.wire_dtype is None and self.reduction.top_k is None
-        ):
+        if self.profile is not None:
+            size = find_profile(self.profile).parameters
+            return self.reduction.payload_bytes(size, torch.float32)
+        is_plain = self.reduction.wire_dtype is None and self.reduction.top_k is None
+        if self._layout is None or is_plain:
             return None
         return self.reduction.payload_bytes(self._layout.starts[-1], self._layout.dtype)
 
@@ -396,7 +401,13 @@ class AllReduceSGD(Strategy):
         if self.weighted_by_key is not None:
             for i, message in enumerate(valid):
                 metrics = next(r for r in message.content.values() if isinstance(r, MetricRecord))
-                weights[i] = float(metrics[self.weighted_by_key])  # type: ignore[arg-type]
+                value = metrics.get(self.weighted_by_key)
+                if not isinstance(value, int | float):
+                    raise ValueError(
+                        f"weighted_by_key = {self.weighted_by_key!r}: node "
+                        f"{message.metadata.src_node_id} replied the metrics {', '.join(metrics)}"
+                    )
+                weights[i] = value
             if not weights.sum() > 0:
                 raise ValueError(f"weighted_by_key: every reply's {self.weighted_by_key!r} is 0")
         return weights / weights.sum()
@@ -475,8 +486,8 @@ class AllReduceSGD(Strategy):
                 found.setdefault(node, message)
         return [found[node] for node in sorted(found)]
 
-    def _averaged_statistics(self, stepped: Tensor, average: Tensor) -> Tensor:
-        """Return the models with BatchNorm's statistics averaged instead of stepped."""
+    def _with_statistics(self, stepped: Tensor, average: Tensor) -> Tensor:
+        """Return stepped models with the statistics of BatchNorm as they are in `average`."""
         assert self._layout is not None
         for name, columns in self._layout.columns().items():
             if name.endswith(_STATISTICS):

@@ -179,7 +179,7 @@ def test_iterations_take_compute_and_the_collectives_time(n, k):
         speed = 4 / (ratio * ideal) if ratio else 1e12
         job = {}
         for collective, graph in (("bml", bcube), ("ps_colocated", fat_tree)):
-            _, _, rows = train(graph, 2, speed=speed, collective=collective, payload="vgg19")
+            _, _, rows = train(graph, 2, speed=speed, collective=collective, payload=VGG19)
             compute, sync, times = parts(rows)
             np.testing.assert_allclose(compute, ratio * ideal, rtol=1e-9, atol=1e-11)
             np.testing.assert_allclose(times, compute + sync, rtol=1e-9)
@@ -214,7 +214,7 @@ def test_56_percent_need_a_baseline_that_is_slower_than_the_model():
     for collective, graph, efficiency in (("bml", BCUBE, 1.0), ("ps_colocated", FAT_TREE, 0.8)):
         options = {"header_efficiency": efficiency}
         world = make_world(9, graph=graph, local=BATCH, speed=speed, network_options=options)
-        _, _, rows = train(graph, 2, world=world, collective=collective, payload="vgg19")
+        _, _, rows = train(graph, 2, world=world, collective=collective, payload=VGG19)
         job.append(rows[-1].virtual_time)
     reduction = 1 - job[0] / job[1]
     assert reduction == pytest.approx(0.564, abs=0.005)

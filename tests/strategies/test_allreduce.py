@@ -244,7 +244,8 @@ def test_what_is_left_out_is_sent_later():
 
 
 def test_a_large_models_bytes_can_be_charged():
-    assert make(payload="vgg19").payload_bytes() == 574_668_960
+    assert make(profile="vgg19").payload_bytes() == 574_668_960
+    assert make(profile="vgg19", wire_dtype="float16").payload_bytes() == 287_334_480
     assert make(payload=10).payload_bytes() == 10
     assert make().payload_bytes() is None
 
@@ -292,6 +293,10 @@ def test_gradients_can_weigh_by_samples():
     plain = make(learning_rate=1.0)
     assert final(plain, 1, grid=PlainGrid(sized_app([1, 2, 5]), 3))[0] == pytest.approx(-2.0)
     empty = make(learning_rate=1.0, weighted_by_key="num-examples")
+    with pytest.raises(ValueError, match="'samples': node 1000 replied the metrics num-examples"):
+        run(
+            make(learning_rate=1.0, weighted_by_key="samples"), grid=PlainGrid(sized_app([1, 1]), 2)
+        )
     with pytest.raises(ValueError, match="every reply's 'num-examples' is 0"):
         run(empty, 1, grid=PlainGrid(sized_app([0, 0, 0]), 3))
 
@@ -352,6 +357,10 @@ def test_statistics_of_batches_are_averaged_and_not_stepped():
     assert found["norm.running_var"].numpy().tolist() == [1.0, 1.0]
     assert found["norm.num_batches_tracked"].numpy() == 11
     assert found["w"].numpy() == pytest.approx(5 - 0.7 * (4 + 0.9 * 4))
+    strategy = make(learning_rate=1.0, weight_decay=0.1)
+    found = run(strategy, 1, grid=PlainGrid(sized_app([1, 1, 1]), 3), initial=initial).arrays
+    assert found["norm.running_var"].numpy().tolist() == [5.0, 5.0]
+    assert found["w"].numpy() == pytest.approx(5 - 2 - 0.5)
 
 
 class UnreliableGrid(DirectGrid):
@@ -446,7 +455,7 @@ def test_an_app_that_ignores_the_mode_is_told():
         ({"top_k": 0.1}, "partial sums of sparse vectors fill up; use all_to_all"),
         ({"chunk_loss": 0.1}, "need arithmetic = 'schedule'"),
         ({"chunk_loss": 2.0, "arithmetic": "schedule"}, "chunk_loss = 2.0: must be from 0 to 1"),
-        ({"payload": "vgg20"}, "model 'vgg20': must be one of"),
+        ({"profile": "vgg20"}, "profile = 'vgg20': must be one of bert_large"),
         ({"payload": 0}, "payload = 0: must be at least 1"),
         ({"barrier": "none"}, "barrier = 'none': must be one of global, local"),
         ({"on_failure": "retry"}, "on_failure = 'retry'"),
