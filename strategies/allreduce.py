@@ -34,6 +34,7 @@ from topologies.schedules import Schedule
 
 __all__ = ["AllReduceSGD"]
 
+_NEED_ALL = ("bml", "dimension_rings", "rotated_rings")
 _STATISTICS = ("running_mean", "running_var")  # of BatchNorm: averaged, never stepped
 
 
@@ -101,8 +102,8 @@ class AllReduceSGD(Strategy):
     on_failure : {"error", "reroute", "wait"}
         What the network does where a link of the collective is down.
     on_device_failure : {"error", "shrink"}
-        Whether the run ends or the survivors go on where a device goes away; those of a BML, whose
-        number is no power, by ``ps_colocated``.
+        Whether the run ends or the survivors go on where a device goes away, those of a collective
+        that needs all devices of its topology (``bml``) by ``ps_colocated`` until it is back.
     step_latency : float
         Seconds that each step takes on top (the α of cost models).
     fraction_evaluate : float
@@ -222,6 +223,7 @@ class AllReduceSGD(Strategy):
     def _forget(self) -> None:
         self.round = 0
         self.nodes: list[int] = []  # of the ranks, ascending
+        self._most = 0  # ranks that there ever were
         self._layout: Layout | None = None
         self._keys: list[str] = []
         self._others: dict[str, Tensor] = {}  # arrays that are not floating: counters
@@ -259,6 +261,7 @@ class AllReduceSGD(Strategy):
         self.round = server_round
         self._take_up(arrays)
         self._enrol(sorted(online))
+        self._most = max(self._most, len(self.nodes))
         content = {"config": self._config(config), "exchange": self._exchange()}
         return self._messages(self.nodes, arrays, content, "train")
 
@@ -355,7 +358,7 @@ class AllReduceSGD(Strategy):
         """Return how the gradients travel."""
         asked = {
             "kind": "collective",
-            "collective": self.collective,
+            "collective": self._collective_now(),
             "when": "with" if self.overlap else "after",
             "profile": self.profile,
             "payload_bytes": self.payload_bytes(),
@@ -366,6 +369,13 @@ class AllReduceSGD(Strategy):
             "step_latency": float(self.step_latency),
         }
         return ConfigRecord({key: value for key, value in asked.items() if value is not None})
+
+    def _collective_now(self) -> str:
+        """Return the collective: one that takes any number while devices are away."""
+        is_short = len(self.nodes) < self._most
+        if is_short and self.on_device_failure == "shrink" and self.collective in _NEED_ALL:
+            return "ps_colocated"
+        return self.collective
 
     def payload_bytes(self) -> int | None:
         """Return what each rank's vector weighs on the wire; None: what its reply weighs."""

@@ -8,6 +8,7 @@ import torch
 from flwr.app import ConfigRecord
 
 import topologies as tp
+from fedsim.devices import Intervals
 from fedsim.executors.clientapp import device_app
 from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.session import start
@@ -251,3 +252,20 @@ def test_local_steps_take_their_time_and_one_collective():
     compute, sync, _ = parts(rows)
     np.testing.assert_allclose(compute, 5 * 4 / 100, rtol=1e-9)
     np.testing.assert_allclose(sync, 8 / 9 * 8 * SIZE / RATE, rtol=1e-9)
+
+
+def test_devices_that_are_away_are_done_without_until_they_come_back():
+    """Device 4 goes away in the second iteration and is back for the fourth."""
+    there = {4: [(0.0, 1.5), (2.6, 100.0)]}
+    world = make_world(
+        9, graph=BCUBE, local=BATCH, speed=4.0, on_leave="drop",
+        timetable=Intervals(devices=there, others="always").start(9, 0),
+    )  # fmt: skip
+    options = {"collective": "bml", "arithmetic": "schedule", "on_device_failure": "shrink"}
+    strategy, _, rows = train(BCUBE, 4, world=world, **options)
+    assert [row.devices_selected for row in rows] == [9, 9, 8, 9]
+    assert [row.devices_replied for row in rows] == [9, 8, 8, 9]
+    servers = 2 * 7 * SIZE  # what eight co-located servers exchange
+    assert [row.bytes_peer for row in rows] == [2 * 8 * SIZE, servers, servers, 2 * 8 * SIZE]
+    assert strategy.device_models == {}
+    assert rows[3].train_loss < rows[0].train_loss
