@@ -360,7 +360,7 @@ class AllReduceSGD(Strategy):
             "kind": "collective",
             "collective": self._collective_now(),
             "when": "with" if self.overlap else "after",
-            "profile": self.profile,
+            "profile": None if self.fusion_bytes is None else self.profile,
             "payload_bytes": self.payload_bytes(),
             "barrier": self.barrier,
             "fusion_bytes": self.fusion_bytes,

@@ -1,6 +1,7 @@
 """All-reduce SGD with real training on the network grid: models, times, bytes (bml.md §5)."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.session import start
 from fedsim.learning.batches import make_batches
 from fedsim.learning.config import LocalConfig
+from fedsim.learning.threads import one_thread
 from fedsim.network.failures import Failure
+from fedsim.runner import build
+from fedsim.scenario import load_scenario
 from strategies.allreduce import AllReduceSGD
 from strategies.reduction import run_schedule, schedule_for
 from tests.fedsim.worlds import digits_trainer, make_world
@@ -269,3 +273,31 @@ def test_devices_that_are_away_are_done_without_until_they_come_back():
     assert [row.bytes_peer for row in rows] == [2 * 8 * SIZE, servers, servers, 2 * 8 * SIZE]
     assert strategy.device_models == {}
     assert rows[3].train_loss < rows[0].train_loss
+
+
+# --- the scenarios that ship ----------------------------------------------------------------------
+
+PAPER = Path(__file__).parents[2] / "scenarios/paper"
+MILLISECONDS = {
+    "bml": 408.7, "fat_tree": 817.3, "fat_tree_lossy": 1021.7, "two_ports": 408.7,
+    "ring_on_bcube": 817.6, "ps_on_bcube": 613.0,
+}  # fmt: skip
+
+
+def test_vgg19_takes_the_times_that_the_scenario_names():
+    scenario = load_scenario(PAPER / "bml_vgg19.yaml", ["rounds=1"])
+    job = {}
+    with one_thread():
+        for name, sync in MILLISECONDS.items():
+            rows = []
+            build(scenario, name, device="cpu").run(rows.append)
+            assert 1e3 * rows[0].extra["compute_seconds"] == pytest.approx(65.4, abs=0.05)
+            assert 1e3 * rows[0].extra["sync_seconds"] == pytest.approx(sync, abs=0.05)
+            job[name] = rows[0].virtual_time
+    assert 1 - job["bml"] / job["fat_tree"] == pytest.approx(0.463, abs=5e-4)
+    assert 1 - job["bml"] / job["fat_tree_lossy"] == pytest.approx(0.564, abs=5e-4)
+
+
+def test_the_scenario_of_lenet5_is_valid():
+    scenario = load_scenario(PAPER / "bml_lenet5.yaml")
+    assert list(scenario.strategies) == ["bml", "parameter_server", "two_ports"]
