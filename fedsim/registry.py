@@ -108,6 +108,16 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "sgp": "strategies.push_sum:SGP",
             "swarm_sgd": "strategies.pairwise:SwarmSGD",
         },
+        "compressor": {
+            "cast": "strategies.compression:Cast",
+            "identity": "strategies.compression:Identity",
+            "natural": "strategies.compression:Natural",
+            "quantise": "strategies.compression:Quantise",
+            "random_k": "strategies.compression:RandomK",
+            "sign": "strategies.compression:Sign",
+            "sparsify": "strategies.compression:Sparsify",
+            "top_k": "strategies.compression:TopK",
+        },
         "topology": {
             "barabasi_albert": "topologies.random_graphs:barabasi_albert",
             "bcube": "topologies.datacentre:bcube",
@@ -220,6 +230,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 SUPPLIED: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "strategy": frozenset(),
+        "compressor": frozenset(),
         "topology": frozenset({"bandwidth", "devices", "latency", "rng", "seed", "servers"}),
         "link": frozenset({"name", "seed"}),
         "dataset": frozenset({"data_dir", "n_devices", "rng", "seed", "test_fraction"}),

@@ -38,7 +38,7 @@ from fedsim.data.federated import DeviceData, federate
 from fedsim.data.partition import check_parts
 from fedsim.devices import DeviceFleet, EnergyCosts, make_fleet
 from fedsim.errors import FedsimError, MissingDataError, ScenarioError
-from fedsim.executors.build import added_config, make_executor, make_trainer
+from fedsim.executors.build import added_config, halves_of, make_executor, make_trainer
 from fedsim.executors.crew import Crew
 from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import Executor, NetworkGrid
@@ -265,6 +265,9 @@ def _connect(
     with _at(place, is_strategy=True), quiet_flower():
         made = registry.build("strategy", world.strategies[strategy].spec())
         check_strategy(made, world.data.devices)
+    if world.compression is not None:
+        with _at(f"{place}: compression"), quiet_flower():
+            made = _compressed(made, world)
     env = simpy.Environment()
     with _at("topology"):
         graph = _build_graph(world)
@@ -280,6 +283,11 @@ def _connect(
         )
     with _at("model"):
         trainer = _build_trainer(world, data, device, crew)
+    with _at(place if world.compression is None else f"{place}: compression"):
+        arrays = initial_arrays(trainer).values()
+        sizes = [math.prod(array.shape) for array in arrays if "float" in array.dtype]
+        for half in halves_of(made):
+            half.check(sizes)
     with _at("devices"):
         fleet = _build_fleet(world, trainer)
     plan = WorkPlan(config, data.size, world.seed)
@@ -515,6 +523,16 @@ def _build_trainer(scenario: Scenario, data: DeviceData, device: str, crew: Crew
         seed=scenario.seed,
         device=device,
     )
+
+
+def _compressed(strategy: Any, scenario: Scenario) -> Any:
+    """Return a strategy whose messages are compressed as the scenario says."""
+    given = _given(scenario.compression)  # type: ignore[arg-type]
+    for way in ("up", "down"):
+        if way in given:
+            given[way] = registry.build("compressor", given[way].spec())
+    wrapper = registry.import_object("strategies.compressed:Compressed")
+    return wrapper(strategy, seed=scenario.seed, **given)
 
 
 def _local_config(scenario: Scenario) -> LocalConfig:

@@ -36,6 +36,7 @@ from fedsim.units import Bandwidth, Duration, Energy, Size
 
 __all__ = [
     "ClientAppExecution",
+    "Compression",
     "Data",
     "Devices",
     "Evaluation",
@@ -488,6 +489,33 @@ class NetworkOptions(_Section):
     """What a payload weighs: its numbers, or all that Flower would serialise."""
 
 
+class Compression(_Section):
+    """How the messages of strategies that know nothing of it are compressed."""
+
+    up: Spec | None = None
+    """Of the changes that devices send: a name or a mapping with `kind`."""
+    down: Spec | None = None
+    """Of the model that devices are sent: a name or a mapping with `kind`."""
+    down_rate: float | None = Field(default=None, ge=0, le=1)
+    """Rate of the reference that models are sent as differences to; by default what suits `down`,
+    and 0 compresses the model itself."""
+    error_feedback: bool | None = None
+    """Whether devices add what was left out to their next change; by default where `up` is
+    biased, but for casts."""
+    per_tensor: bool = True
+    """Whether each tensor is compressed by itself, with a scale of its own."""
+
+    @model_validator(mode="after")
+    def _check_any(self) -> Self:
+        if self.up is None and self.down is None:
+            raise ValueError("give up, down or both, for example 'up: quantise'")
+        if self.down_rate is not None and self.down is None:
+            raise ValueError("down_rate needs down")
+        if self.error_feedback is not None and self.up is None:
+            raise ValueError("error_feedback needs up")
+        return self
+
+
 class Evaluation(_Section):
     """When and on what the model is scored."""
 
@@ -568,6 +596,8 @@ class Scenario(_Section):
     """How the devices' links change with time."""
     network: NetworkOptions = NetworkOptions()
     """Loss of messages, what happens when a link goes down, what a message weighs."""
+    compression: Compression | None = None
+    """How messages are compressed, of strategies that do not say so themselves."""
     round_timeout: Annotated[Duration, Field(gt=0)] | None = None
     """Virtual time after which a round goes on without the devices that have not replied."""
     evaluation: Evaluation = Evaluation()
@@ -631,6 +661,7 @@ _OVERRIDABLE = (
     "links",
     "peers",
     "network",
+    "compression",
     "round_timeout",
     "executor",
 )
@@ -646,6 +677,8 @@ _PARTS: Mapping[tuple[str, ...], str] = {
     ("topology",): "topology",
     ("peers",): "topology",
     ("links",): "link",
+    ("compression", "up"): "compressor",
+    ("compression", "down"): "compressor",
     ("executor",): "executor",
 }
 
@@ -688,7 +721,8 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     for path, kind in _PARTS.items():
         holder: Any = filled
         for key in path[:-1]:
-            holder = holder.setdefault(key, {}) if isinstance(holder, dict) else None
+            is_there = Scenario.model_fields[key].default is not None or key in filled
+            holder = holder.setdefault(key, {}) if is_there else None
         if not isinstance(holder, dict):
             continue
         spec: Any = holder.get(path[-1], _default(path))
@@ -706,7 +740,7 @@ def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
 def _default(path: Place) -> dict[str, Any] | None:
     section: Any = Scenario
     for key in path[:-1]:
-        section = section.model_fields[str(key)].annotation
+        section = next(_models(section.model_fields[str(key)].annotation))
     default: Spec | None = section.model_fields[path[-1]].default
     return None if default is None else default.spec()
 

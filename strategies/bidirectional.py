@@ -51,6 +51,8 @@ __all__ = [
     "catch_up",
     "draw_active",
     "for_participation",
+    "memory_rate",
+    "moves_memory",
     "nearest",
     "scheme_of",
     "upload",
@@ -137,12 +139,12 @@ class Scheme:
     @property
     def moves_up_memory(self) -> bool:
         """Whether the uplink memories change after they were set."""
-        return self.up_memory and any(_moves(used, self.up_rate) for used in self.up)
+        return self.up_memory and any(moves_memory(used, self.up_rate) for used in self.up)
 
     @property
     def moves_down_memory(self) -> bool:
         """Whether the downlink memories change; if not, they are zero for ever."""
-        return _moves(self.down, self.down_rate)
+        return moves_memory(self.down, self.down_rate)
 
     @property
     def begins_with_gradient(self) -> bool:
@@ -163,22 +165,30 @@ class Scheme:
         """Return the sizes of what is compressed together."""
         return tuple(tensors) if self.per_tensor else (sum(tensors),)
 
+    def check(self, tensors: Sequence[int]) -> None:
+        """Raise a ValueError if tensors of these sizes cannot be compressed."""
+        for used in (*self.up, self.down):
+            for run in runs_of(used, self.blocks(tensors)):
+                used.check(run.size)
+
     def rate_up(self, choice: int, blocks: Sequence[int], like: Tensor) -> Rate:
         """Return a_up for devices that use the compressor number `choice`."""
-        return _rate(self.up[choice], self.up_rate, blocks, like) if self.up_memory else 0.0
+        return memory_rate(self.up[choice], self.up_rate, blocks, like) if self.up_memory else 0.0
 
     def rate_down(self, blocks: Sequence[int], like: Tensor) -> Rate:
         """Return a_down."""
-        return _rate(self.down, self.down_rate, blocks, like)
+        return memory_rate(self.down, self.down_rate, blocks, like)
 
 
-def _moves(used: Compressor, given: float | None) -> bool:
+def moves_memory(used: Compressor, given: float | None) -> bool:
+    """Return whether a memory of compressed differences is ever moved at a rate (None: its own)."""
     if given is None or used.is_exact:
         return used.memory_rate(1) > 0
     return given > 0
 
 
-def _rate(used: Compressor, given: float | None, blocks: Sequence[int], like: Tensor) -> Rate:
+def memory_rate(used: Compressor, given: float | None, blocks: Sequence[int], like: Tensor) -> Rate:
+    """Return the rate of a memory in each coordinate (P,), a number if it is the same in all."""
     if given is not None and not used.is_exact:
         return given
     runs = runs_of(used, blocks)
@@ -409,9 +419,7 @@ class Server:
         self._is_nearest = is_nearest
         self.scheme, self.step, self.correction = scheme, step, correction
         self.blocks = scheme.blocks(tensors)
-        for used in (*scheme.up, scheme.down):
-            for run in runs_of(used, self.blocks):
-                used.check(run.size)
+        scheme.check(tensors)
         self.model = self.sent = model
         self.velocity = torch.zeros_like(model) if scheme.momentum else None
         self._first = model

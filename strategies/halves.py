@@ -220,10 +220,13 @@ class DeviceHalf:
     ----------
     name : str
         Names the half's state and its draws, and replies that it was applied.
+    goes_round_mods : bool
+        Whether Flower's own mods (clipping) see what the half decodes and is yet to encode.
     """
 
     seed: int = 0
     name: ClassVar[str] = "half"
+    goes_round_mods: ClassVar[bool] = False
 
     def draws(self, rounds: ArrayLike, devices: ArrayLike, device: Any = "cpu") -> Draws:
         """Return the draws of these devices in these rounds."""
@@ -236,6 +239,9 @@ class DeviceHalf:
     def work(self, message: Message, context: Context) -> "DeviceWork":
         """Return what a training loop of one's own needs of the half; see `DeviceWork`."""
         return DeviceWork(self, message, context)
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Raise a ValueError if a model with floating-point tensors of these sizes does not fit."""
 
     def unpack(self, contents: Sequence[RecordDict]) -> Tensors:
         """Return the arrays of instructions, one tensor ``(n, *shape)`` per key."""
@@ -334,6 +340,7 @@ class DeviceWork:
         self.terms = half.local(self._state, self.config)
         self.arrays = {key: value[0] for key, value in params.items()}
         self.content = _replaced(message.content, "arrays", _record(params))
+        self.content.pop(half.name, None)  # what is for the half alone: some mods count records
         self._half, self._message, self._context = half, message, context
 
     def extra_loss(self, outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -41,16 +41,9 @@ from strategies.bidirectional import (
     scheme_of,
     upload,
 )
-from strategies.compression import (
-    Compressor,
-    EncodedArray,
-    Identity,
-    Packed,
-    compressor,
-    pack,
-    unpack,
-)
+from strategies.compression import EncodedArray, Identity, Packed, compressor, pack
 from strategies.halves import DeviceHalf, Draws, Payload, Tensors, stacked
+from strategies.rows import decoded_rows, flat, shaped, sizes_of
 
 __all__ = ["CompressedSGD", "CompressedSGDHalf"]
 
@@ -80,6 +73,10 @@ class CompressedSGDHalf(DeviceHalf):
         if self.is_nearest:
             return lambda shape, dtype=torch.float64: nearest(shape, dtype).to(device)
         return super().draws(rounds, devices, device)
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Raise a ValueError if tensors of these sizes cannot be compressed."""
+        self.scheme.check(sizes)
 
     def unpack(self, contents: Sequence[RecordDict]) -> Tensors:
         """Return the dense arrays, and the decoded messages as ``messages/0``, …: ``(n, P)``."""
@@ -126,7 +123,7 @@ class CompressedSGDHalf(DeviceHalf):
             seen, velocity = state["seen"], state.get("velocity")
         steps = config.get("steps", [])
         if steps:
-            rate = scheme.rate_down(scheme.blocks(_sizes(template)), held)
+            rate = scheme.rate_down(scheme.blocks(sizes_of(template)), held)
             model, held, velocity = self._follow(
                 arrays, seen - base, held, velocity, steps, rate, model
             )
@@ -167,7 +164,7 @@ class CompressedSGDHalf(DeviceHalf):
         """Return the compressed gradient, and the state with memories that have it in them."""
         scheme = self.scheme
         gradient = flat(work)
-        blocks = scheme.blocks(_sizes(work))
+        blocks = scheme.blocks(sizes_of(work))
         version = int(config["memory-version"])
         before = self._before(state, version, gradient)
         memory, error = before.get("memory"), before.get("error")
@@ -213,50 +210,6 @@ class CompressedSGDHalf(DeviceHalf):
             )
         is_last = (behind == 0)[:, None].to(like.device)
         return {n: torch.where(is_last, state[n], state[f"{n}_before"]) for n in names}
-
-
-def decoded_rows(
-    arrays: Sequence[Array], used: Compressor, blocks: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """Return what encoded arrays mean, as rows (n, P), whether or not they went through bytes."""
-    first = arrays[0]
-    if isinstance(first, EncodedArray):
-        packed = first.packed
-        encoded = [a for a in arrays if isinstance(a, EncodedArray) and a.packed is packed]
-        if len(encoded) == len(arrays):
-            rows = [array.row for array in encoded]
-            if rows == list(range(len(packed.values))):
-                return packed.values
-            if rows.count(rows[0]) == len(rows):
-                return packed.values[rows[0]].expand(len(rows), -1)
-            return packed.values[rows]
-    values = [
-        a.decoded
-        if isinstance(a, EncodedArray)
-        else unpack(used, a.numpy().tobytes(), blocks, dtype)
-        for a in arrays
-    ]
-    return torch.stack(values)
-
-
-def flat(tensors: Tensors) -> Tensor:
-    """Return the floating-point tensors ``(n, *shape)`` side by side, (n, P)."""
-    parts = [v.reshape(len(v), -1) for v in tensors.values() if v.is_floating_point()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def shaped(rows: Tensor, template: Tensors) -> Tensors:
-    """Return rows (n, P) as named tensors; what is not floating-point as it is in `template`."""
-    sizes = _sizes(template)
-    parts = iter(torch.split(rows, sizes, 1))
-    return {
-        key: next(parts).reshape(value.shape) if value.is_floating_point() else value
-        for key, value in template.items()
-    }
-
-
-def _sizes(tensors: Tensors) -> list[int]:
-    return [v[0].numel() for v in tensors.values() if v.is_floating_point()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,7 +458,7 @@ class CompressedSGD(flower.FedAvg):
         values = {key: torch.from_numpy(array.numpy()) for key, array in arrays.items()}
         self._initial = arrays
         self._template = {k: v[None] for k, v in values.items()}
-        self._tensors = _sizes(self._template)
+        self._tensors = sizes_of(self._template)
         model = flat(self._template)
         self._dense_bytes = model[0].numel() * model.itemsize
         self.server = Server(

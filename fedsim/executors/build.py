@@ -18,7 +18,7 @@ from fedsim.flower.instructions import WorkPlan, training_config
 from fedsim.learning.trainer import Trainer
 from fedsim.scenario import FlowerExecution, RayExecution, Scenario, Spec
 
-__all__ = ["added_config", "make_executor", "make_trainer"]
+__all__ = ["added_config", "halves_of", "make_executor", "make_trainer"]
 
 _log = logging.getLogger(__name__)
 _ENGINE = ("chunk", "engine", "precision")
@@ -72,7 +72,7 @@ def make_executor(
     ScenarioError
         If the app is none, or Ray is needed and not installed.
     """
-    mods, halves = mods_needed_by(strategy), _halves_of(strategy)
+    mods, halves = mods_needed_by(strategy), halves_of(strategy)
     kind = scenario.executor.kind
     execution = registry.build("executor", scenario.executor.spec())
     if kind in ("vectorised", "ray"):
@@ -120,7 +120,7 @@ def _wanted(execution: FlowerExecution | RayExecution) -> Wanted:
     return Wanted(execution.address, execution.workers, execution.cpus, execution.gpus)
 
 
-def _halves_of(strategy: Any) -> tuple[DeviceHalf, ...]:
+def halves_of(strategy: Any) -> tuple[DeviceHalf, ...]:
     """Return the device halves of a strategy and of those that it wraps, the outermost first."""
     found: list[DeviceHalf] = []
     while strategy is not None:

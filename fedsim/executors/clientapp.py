@@ -194,6 +194,8 @@ def device_app(
         The strategy's; the first receives first and replies last.
     """
     app = ClientApp()
+    mods = [*(half.as_mod() for half in halves if half.goes_round_mods), *mods]
+    halves = [half for half in halves if not half.goes_round_mods]
 
     def answer(message: Message, context: Context) -> Message:
         device = int(context.node_config["partition-id"])

@@ -31,6 +31,13 @@ class DeviceHalf(Protocol):
     def name(self) -> str:
         """Names the half's state, and in replies that it was applied."""
 
+    @property
+    def goes_round_mods(self) -> bool:
+        """Whether Flower's own mods see what the half decodes and is yet to encode."""
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Raise a ValueError if a model with tensors of these sizes does not fit."""
+
     def draws(self, rounds: Any, devices: Any, device: Any = "cpu") -> Any:
         """Return the draws of these devices in these rounds."""
 

@@ -10,6 +10,7 @@ from fedsim.data.federated import FederatedData
 from fedsim.devices import DeviceFleet
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
+from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import NODE_BASE, NetworkGrid
 from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.server import initial_arrays
@@ -18,6 +19,7 @@ from fedsim.learning.config import LocalConfig
 from fedsim.learning.models import linear_regression
 from fedsim.learning.trainer import Trainer
 from fedsim.network import star_network
+from fedsim.streams import digest
 from tests.plain_grid import PlainGrid, flower_identity
 
 N, D = 4, 6
@@ -61,7 +63,9 @@ class World:
                 self.models.append(np.concatenate(values))
                 observe(k)
 
-        with session(self.grid, 0) if isinstance(self.grid, NetworkGrid) else flower_identity(0):
+        sampling = digest("0/node-sampling")  # what a session seeds it with
+        is_network = isinstance(self.grid, NetworkGrid)
+        with session(self.grid, 0) if is_network else flower_identity(sampling), quiet_flower():
             self.strategy.start(
                 self.grid,
                 initial_arrays(self.trainer),
