@@ -79,7 +79,7 @@ class World:
         """Return what a device keeps for a half: name → Tensor."""
         if isinstance(self.executor, VectorisedExecutor):
             return self.executor._halves.state_of(NODE_BASE + device)[half]
-        context = self.executor._context(NODE_BASE + device)
+        context = self.executor.context_of(NODE_BASE + device)
         record = context.state.array_records.get(half, {})
         return {key: torch.from_numpy(array.numpy()) for key, array in record.items()}
 
