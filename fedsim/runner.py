@@ -49,6 +49,7 @@ from fedsim.flower.server import initial_arrays, save_arrays, score, score_model
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
 from fedsim.graphs import between_devices, build_graph, peer_graphs
 from fedsim.learning.config import LocalConfig
+from fedsim.learning.convex import ConvexProblem, problem_of
 from fedsim.learning.cost import model_cost
 from fedsim.learning.models import build_model
 from fedsim.learning.threads import one_thread
@@ -89,7 +90,6 @@ _log = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 State = Literal["running", "done", "diverged", "failed"]
-LoadData = Callable[[], DeviceData]
 MakeExecutor = Callable[[Scenario, str], Executor]
 """From a strategy's scenario and its name to who computes, instead of the scenario's executor."""
 
@@ -143,6 +143,8 @@ class Simulation:
     strategy : flwr.serverapp.strategy.Strategy
     crew : Crew
         Worker processes, where the executor wants some.
+    problem : ConvexProblem or None
+        What training minimises, where the excess loss is asked for.
     """
 
     scenario: Scenario
@@ -155,6 +157,7 @@ class Simulation:
     grid: NetworkGrid
     strategy: Any
     crew: Crew
+    problem: ConvexProblem | None = None
 
     def run(
         self,
@@ -183,7 +186,9 @@ class Simulation:
                 seed=scenario.seed,
                 timeout=scenario.round_timeout,
                 train_config=training_config(_local_config(scenario), added_config(scenario)),
-                evaluate=None if on == "devices" else partial(score, self.trainer, on=on),
+                evaluate=None
+                if on == "devices"
+                else partial(score, self.trainer, on=on, problem=self.problem),
                 evaluate_models=partial(score_models, self.trainer, on=on),
                 evaluate_every=scenario.evaluation.every,
                 record=record,
@@ -221,7 +226,7 @@ def build(
     ScenarioError
         If the parts do not fit together; names the place in the scenario.
     """
-    return _connect(scenario, strategy, device, _loader(scenario, data_dir), Crew(), executor)
+    return _connect(scenario, strategy, device, _Loader(scenario, data_dir), Crew(), executor)
 
 
 def check(scenario: Scenario, *, device: str = "auto", data_dir: Path | None = None) -> str:
@@ -237,7 +242,7 @@ def check(scenario: Scenario, *, device: str = "auto", data_dir: Path | None = N
     ScenarioError
         If the parts do not fit together; names the place in the scenario.
     """
-    load, missing = _loader(scenario, data_dir), ""
+    load, missing = _Loader(scenario, data_dir), ""
     with one_thread():
         for name in scenario.strategies:
             try:
@@ -251,7 +256,7 @@ def _connect(
     scenario: Scenario,
     strategy: str | None,
     device: str,
-    load: LoadData,
+    load: "_Loader",
     crew: Crew,
     make: MakeExecutor | None = None,
 ) -> Simulation:
@@ -288,6 +293,10 @@ def _connect(
         sizes = [math.prod(array.shape) for array in arrays if "float" in array.dtype]
         for half in halves_of(made):
             half.check(sizes)
+    problem = None
+    if world.evaluation.excess_loss:
+        with _at("evaluation.excess_loss"):
+            problem = load.problem(trainer)
     with _at("devices"):
         fleet = _build_fleet(world, trainer)
     plan = WorkPlan(config, data.size, world.seed)
@@ -313,7 +322,9 @@ def _connect(
         seed=world.seed,
         profile=trainer.stack.profile,
     )
-    return Simulation(world, strategy, env, network, fleet, trainer, executor, grid, made, crew)
+    return Simulation(
+        world, strategy, env, network, fleet, trainer, executor, grid, made, crew, problem
+    )
 
 
 @contextmanager
@@ -338,10 +349,23 @@ def _at(place: str, *, is_strategy: bool = False) -> Iterator[None]:
         raise kind(said) from error
 
 
-def _loader(scenario: Scenario, data_dir: Path | None) -> LoadData:
-    """Return what loads and splits the data when it is first asked, once for all strategies."""
-    samples = scenario.evaluation.samples
-    return cache(partial(_load_data, scenario.data, scenario.seed, data_dir, samples))
+class _Loader:
+    """Loads and splits the data when it is first asked, once for all strategies."""
+
+    def __init__(self, scenario: Scenario, data_dir: Path | None) -> None:
+        samples = scenario.evaluation.samples
+        self._load = cache(partial(_load_data, scenario.data, scenario.seed, data_dir, samples))
+        self._problems: dict[tuple[str, bool], ConvexProblem] = {}
+
+    def __call__(self) -> DeviceData:
+        return self._load()
+
+    def problem(self, trainer: Trainer) -> ConvexProblem:
+        """Return what training minimises, the same object where strategies have it in common."""
+        module, loss = trainer.stack.module, trainer.stack.loss.name
+        key = loss, getattr(module, "bias", None) is not None
+        found = problem_of(module, self._load(), loss)
+        return self._problems.setdefault(key, found)
 
 
 def _load_data(data: Data, seed: int, data_dir: Path | None, samples: int | None) -> DeviceData:
@@ -605,7 +629,7 @@ def run(
     out = None if out is None else Path(out)
     names = list(scenario.strategies)
     with one_thread(), ExitStack() as stack:
-        load, crew = _loader(scenario, data_dir), stack.enter_context(Crew())
+        load, crew = _Loader(scenario, data_dir), stack.enter_context(Crew())
         simulations = {
             name: _connect(scenario, name, device, load, crew, executor) for name in names
         }

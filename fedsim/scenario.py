@@ -529,6 +529,9 @@ class Evaluation(_Section):
     """Accuracy for the time, the rounds and the bytes to target in the summary."""
     samples: int | None = Field(default=None, ge=1)
     """At most so many of the test or validation samples, the same ones always; none: all."""
+    excess_loss: bool = False
+    """Record `strategy.excess_loss`: the devices' mean training loss above its minimum (linear
+    and logistic regression)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -541,6 +544,8 @@ class Evaluation(_Section):
     def _check_cost(self) -> Self:
         if self.cost == "charged" and self.on != "devices":
             raise ValueError(f"cost 'charged' needs 'on: devices'; evaluation on {self.on} is free")
+        if self.excess_loss and self.on == "devices":
+            raise ValueError("excess_loss needs evaluation on common samples, not 'on: devices'")
         return self
 
 

@@ -5,6 +5,7 @@ random stream whenever it takes part, so memory grows with the devices of a roun
 """
 
 from dataclasses import dataclass
+from importlib import resources
 from typing import Literal
 
 import numpy as np
@@ -232,6 +233,7 @@ def load_least_squares(
     n_features: int = 20,
     noise: float = 0.4,
     heterogeneous: bool = False,
+    problem: Literal["drawn", "lsrA", "lsrB"] = "drawn",
     seed: int = 0,
 ) -> Dataset:
     """Return a least-squares problem in float64, split by nature; its test set is all samples.
@@ -250,6 +252,10 @@ def load_least_squares(
     heterogeneous : bool
         The noise is one constant for each device (the intercepts differ) instead of one number
         for each sample.
+    problem : {"drawn", "lsrA", "lsrB"}
+        Instead of drawing one, a problem that ships with the package: `lsrA` (10 devices, 100
+        samples, 40 features, each device with weights of its own), or `lsrB` (20, 200, 20), the
+        published data of [1]_.
     seed : int
 
     References
@@ -257,6 +263,8 @@ def load_least_squares(
     .. [1] Philippenko, Dieuleveut, "Preserved central model for faster bidirectional compression
        in distributed settings", NeurIPS 2021 (the published data have the constant noise).
     """
+    if problem != "drawn":
+        return _shipped(problem, n_devices)
     _check_counts(n_devices, samples, n_features)
     rng = stream(seed, "least-squares")
     lag = np.abs(np.subtract.outer(np.arange(n_features - 1), np.arange(n_features - 1)))
@@ -267,6 +275,19 @@ def load_least_squares(
     weights = np.concatenate([[2.0], (-1.0) ** (j + 1) * np.exp(-j / 10)])
     error = rng.normal(0, noise, (n_devices, 1 if heterogeneous else samples))
     return _by_nature("least_squares", x, x @ weights + error, n_classes=0)
+
+
+def _shipped(problem: str, n_devices: int) -> Dataset:
+    """Return a problem of the reference cases."""
+    if problem not in ("lsrA", "lsrB"):
+        raise ScenarioError(f"data.dataset.problem: {problem!r} is not one of lsrA, lsrB")
+    name = f"{problem}_data.npz"
+    with resources.files("fedsim").joinpath("reference", name).open("rb") as file:
+        arrays = np.load(file)
+        x, y = arrays["X"], arrays["Y"]
+    if n_devices != len(x):
+        raise ScenarioError(f"data.devices: {n_devices}, but {problem} is held by {len(x)} devices")
+    return _by_nature(problem, x, y, n_classes=0)
 
 
 def load_logistic(

@@ -1,11 +1,13 @@
 """Data sets for convex studies, and text: a9a, w8a, Shakespeare's speakers."""
 
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.data.clusters import cluster
 from fedsim.data.datasets import Dataset, split_test
 from fedsim.data.files import find, need
 from fedsim.errors import ScenarioError
@@ -15,10 +17,17 @@ __all__ = ["load_a9a", "load_tinyshakespeare", "load_w8a"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+Workers = Literal["none", "published", "clusters"]
 
 
 def load_a9a(
-    *, standardise: bool = False, bias: bool = False, data_dir: Path | None = None
+    *,
+    standardise: bool = False,
+    bias: bool = False,
+    workers: Workers = "none",
+    n_devices: int = 20,
+    seed: int = 0,
+    data_dir: Path | None = None,
 ) -> Dataset:
     """Return a9a: 32,561 + 16,281 people of the 1994 census, 123 binary features, income above 50k.
 
@@ -28,6 +37,12 @@ def load_a9a(
         Give each feature mean 0 and deviation 1 over the training samples.
     bias : bool
         Put a column of ones first (for models without a bias of their own).
+    workers : {"none", "published", "clusters"}
+        Who holds what by nature, for `partition: natural`. `published`: the split over 20 workers
+        of [1]_ (clusters of a t-SNE embedding, rebalanced). `clusters`: k-means of the standardised
+        features, one group for each of `n_devices`, rebalanced (`clusters.cluster`).
+    n_devices, seed
+        Of `clusters`.
     data_dir : Path, optional
         Directory that holds `a9a/a9a.npz`, or LIBSVM's text files `a9a` and `a9a.t`.
 
@@ -39,17 +54,25 @@ def load_a9a(
     Raises
     ------
     ScenarioError
-        If a file is missing or damaged.
+        If a file is missing or damaged, or the published split is not of these samples.
+
+    References
+    ----------
+    .. [1] Philippenko, Dieuleveut, "Preserved central model for faster bidirectional compression in
+       distributed settings", NeurIPS 2021.
     """
-    x_train, y_train = _sparse("a9a", "train", 123, data_dir)
+    x, y = _sparse("a9a", "train", 123, data_dir)
     x_test, y_test = _sparse("a9a", "test", 123, data_dir)
-    return _binary("a9a", x_train, y_train, x_test, y_test, standardise, bias)
+    device = _workers(x, workers, n_devices, seed)
+    return _binary("a9a", x, y, x_test, y_test, standardise, bias, device)
 
 
 def load_w8a(
     *,
     standardise: bool = False,
     bias: bool = False,
+    workers: Literal["none", "clusters"] = "none",
+    n_devices: int = 20,
     test_fraction: float = 0.2,
     seed: int = 0,
     data_dir: Path | None = None,
@@ -58,17 +81,48 @@ def load_w8a(
 
     Parameters
     ----------
+    workers : {"none", "clusters"}
+        Of the published split no record is known.
     test_fraction, seed
         Used if the official test part (`w8a.t`) is not there, see `datasets.load_digits`.
     """
     x, y = _sparse("w8a", "train", 300, data_dir)
     if find("w8a", "test", data_dir) is not None:
         x_test, y_test = _sparse("w8a", "test", 300, data_dir)
-        return _binary("w8a", x, y, x_test, y_test, standardise, bias)
-    x, y, x_test, y_test = split_test(
-        x, y, test_fraction=test_fraction, rng=stream(seed, "test-split")
-    )
-    return _binary("w8a", x, y, x_test, y_test, standardise, bias)
+    else:
+        x, y, x_test, y_test = split_test(
+            x, y, test_fraction=test_fraction, rng=stream(seed, "test-split")
+        )
+    device = _workers(x, workers, n_devices, seed)
+    return _binary("w8a", x, y, x_test, y_test, standardise, bias, device)
+
+
+def _workers(x: FloatArray, workers: Workers, n_devices: int, seed: int) -> IntArray | None:
+    """Return the device that holds each training sample by nature, if any."""
+    if workers == "none":
+        return None
+    if workers == "clusters":
+        return cluster(_standardised(x, x), n_devices, seed=seed)
+    if workers != "published":
+        raise ScenarioError(
+            f"data.dataset.workers: {workers!r} is not one of none, published, clusters"
+        )
+    with resources.files("fedsim").joinpath("reference", "a9a_workers.npz").open("rb") as file:
+        known: IntArray = np.load(file)["worker"].astype(np.int64)
+    if len(known) != len(x) or n_devices != 20:
+        raise ScenarioError(
+            f"data.dataset.workers: the published split is of {len(known)} samples over 20 "
+            f"devices, not of {len(x)} over {n_devices}"
+        )
+    return known
+
+
+def _standardised(x: FloatArray, like: FloatArray) -> FloatArray:
+    """Return x, shifted and scaled as gives the columns of `like` mean 0 and deviation 1."""
+    std = like.std(0)
+    std[std == 0] = 1.0
+    result: FloatArray = (x - like.mean(0)) / std
+    return result
 
 
 def _sparse(
@@ -101,14 +155,13 @@ def _binary(
     y_test: IntArray,
     standardise: bool,
     bias: bool,
+    device_train: IntArray | None,
 ) -> Dataset:
     if standardise:
-        mean, std = x_train.mean(0), x_train.std(0)
-        std[std == 0] = 1.0
-        x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
+        x_train, x_test = _standardised(x_train, x_train), _standardised(x_test, x_train)
     if bias:
         x_train, x_test = (np.insert(x, 0, 1.0, axis=1) for x in (x_train, x_test))
-    return Dataset(name, x_train, y_train, x_test, y_test, n_classes=2)
+    return Dataset(name, x_train, y_train, x_test, y_test, 2, device_train)
 
 
 def load_tinyshakespeare(

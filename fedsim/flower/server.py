@@ -11,6 +11,7 @@ from fedsim.data.federated import FederatedData
 from fedsim.errors import PayloadError
 from fedsim.flower.records import stack_records, stacked_record
 from fedsim.flower.session import Evaluation, Models
+from fedsim.learning.convex import ConvexProblem
 from fedsim.learning.trainer import Trainer
 
 __all__ = ["initial_arrays", "save_arrays", "score", "score_models"]
@@ -21,7 +22,12 @@ def initial_arrays(trainer: Trainer) -> ArrayRecord:
     return stacked_record(trainer.layout.views(trainer.initial()[None]), 0)
 
 
-def score(trainer: Trainer, arrays: ArrayRecord, on: str = "global_test") -> Evaluation:
+def score(
+    trainer: Trainer,
+    arrays: ArrayRecord,
+    on: str = "global_test",
+    problem: ConvexProblem | None = None,
+) -> Evaluation:
     """Return the scores of a model on a common set.
 
     Parameters
@@ -30,10 +36,16 @@ def score(trainer: Trainer, arrays: ArrayRecord, on: str = "global_test") -> Eva
     arrays : ArrayRecord
         Keys and shapes of the trainer's model.
     on : {"global_test", "validation"}
+    problem : ConvexProblem, optional
+        What training minimises: then its excess loss is scored as well.
     """
     model = trainer.layout.flatten(stack_records([arrays]))
     loss, accuracy = trainer.evaluate(model, *_common_set(trainer, on))
-    return Evaluation(float(loss[0]), None if np.isnan(accuracy[0]) else float(accuracy[0]))
+    return Evaluation(
+        float(loss[0]),
+        None if np.isnan(accuracy[0]) else float(accuracy[0]),
+        excess_loss=None if problem is None else float(problem.excess(model.double().cpu())[0]),
+    )
 
 
 def score_models(trainer: Trainer, models: Models, on: str = "global_test") -> Evaluation:

@@ -60,6 +60,7 @@ class Evaluation:
     loss: float | None = None
     accuracy: float | None = None
     accuracy_std: float | None = None  # over devices
+    excess_loss: float | None = None  # F(w) - F* of the training objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,10 +304,12 @@ class _Scorers:
         if self.evaluate is None:
             return Evaluation(), {}
         common = self.evaluate(arrays)
+        extra = {} if common.excess_loss is None else {"excess_loss": common.excess_loss}
         models = self.models() if own and self.evaluate_models else None
         if models is None or self.evaluate_models is None:
-            return common, {}
-        extra = {} if common.accuracy is None else {"mean_model_accuracy": common.accuracy}
+            return common, extra
+        if common.accuracy is not None:
+            extra["mean_model_accuracy"] = common.accuracy
         return self.evaluate_models(models), extra
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedsim
 from fedsim.data.federated import FederatedData
 from fedsim.errors import ScenarioError
 from fedsim.learning.batches import first_batches, make_batches
@@ -13,6 +14,8 @@ from fedsim.learning.config import LocalConfig
 from fedsim.learning.convex import ConvexProblem, problem_of
 from fedsim.learning.models import linear_regression, logistic_regression, softmax
 from fedsim.learning.trainer import Trainer
+from fedsim.runner import build
+from fedsim.scenario import Scenario
 
 REFERENCE = Path(__file__).parents[2] / "fedsim" / "reference"
 SIZES = np.array([12, 7, 7, 30])
@@ -127,3 +130,51 @@ def test_what_is_no_convex_problem_is_refused():
         problem_of(modules("logistic"), held, "cross_entropy")
     with pytest.raises(ScenarioError, match="8 is more than the 7 samples of device 1"):
         problem_of(modules("logistic"), held, "logistic").gradients(8)
+
+
+# --- in a scenario --------------------------------------------------------------------------------
+
+WORLD = {
+    "name": "excess",
+    "seed": 1,
+    "rounds": 3,
+    "data": {
+        "dataset": {"kind": "least_squares", "problem": "lsrA"},
+        "devices": 10,
+        "partition": {"kind": "natural"},
+    },
+    "model": {"kind": "linear_regression", "bias": False},
+    "training": {"batch_size": 0, "learning_rate": 0.02},
+    "evaluation": {"excess_loss": True},
+    "strategies": {
+        "sgd": {"kind": "compressed_sgd", "algorithm": "sgd"},
+        "gossip": {"kind": "gossip", "peers": {"kind": "ring"}},
+    },
+}
+
+
+def test_a_run_records_the_excess_loss():
+    result = fedsim.run(Scenario.from_mapping(WORLD))
+    rows = result.strategies["sgd"].rounds
+    found = [row.extra["excess_loss"] for row in rows]
+    # The test set of this problem is all samples: the evaluation's loss is F itself.
+    assert found == pytest.approx([row.eval_loss - 2.9315148579943795 for row in rows], abs=1e-12)
+    assert found[0] > found[1] > found[2] > 0
+    assert "excess_loss" in result.strategies["gossip"].rounds[0].extra  # of the mean model
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"kind": "mlp"}}, "evaluation.excess_loss: needs a model whose least loss"),
+        ({"evaluation": {"excess_loss": True, "on": "devices"}}, "excess_loss needs evaluation on"),
+        ({"data": WORLD["data"] | {"devices": 9}}, "lsrA is held by 10 devices"),
+        (
+            {"data": WORLD["data"] | {"dataset": {"kind": "least_squares", "problem": "lsrC"}}},
+            "data.dataset.problem: 'lsrC' should be 'drawn', 'lsrA' or 'lsrB'",
+        ),
+    ],
+)
+def test_where_there_is_no_known_minimum_the_scenario_is_refused(changes, said):
+    with pytest.raises(ScenarioError, match=said):
+        build(Scenario.from_mapping(WORLD | changes), "sgd")

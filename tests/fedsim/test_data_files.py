@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from fedsim.data import files
+from fedsim.data.federated import federate
 from fedsim.data.images import load_cifar10, load_fashion_mnist, load_image_folder, load_mnist
 from fedsim.data.tables import load_a9a, load_tinyshakespeare, load_w8a
 from fedsim.errors import ScenarioError
+from fedsim.learning.convex import ConvexProblem
 
 SHARED = Path(os.environ.get("FEDSIM_DATA", Path(__file__).parents[2] / "../shared/data"))
 
@@ -246,6 +248,16 @@ def test_real_tables_have_their_published_sizes():
     assert w8a.input_shape == (300,)
     cifar = load_cifar10(variant="6k", data_dir=real("cifar10"))
     assert np.bincount(cifar.y_train).tolist() == [500] * 10
+
+
+def test_a9a_comes_with_the_published_split():
+    a9a = load_a9a(standardise=True, bias=True, workers="published", data_dir=real("a9a"))
+    counts = np.bincount(a9a.device_train)
+    assert [len(counts), counts.min(), counts.max(), counts[0]] == [20, 535, 3225, 1059]
+    parts = [np.flatnonzero(a9a.device_train == i) for i in range(20)]
+    problem = ConvexProblem(federate(a9a, parts), "logistic")
+    assert problem.smoothness == pytest.approx(11.697374282785784)
+    assert problem.minimum.value == pytest.approx(0.31962594849110265, abs=1e-12)
 
 
 def test_real_shakespeare_has_its_speakers():
