@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -222,7 +221,7 @@ class AsyncStrategy(Strategy):
     def begin(self, arrays: ArrayRecord) -> None:
         """Forget everything, and begin with a model."""
         self.model = {key: _widened(tensor_of(array)) for key, array in arrays.items()}
-        self._dtypes = {key: array.dtype for key, array in arrays.items()}
+        self._dtypes = {key: tensor_of(array).dtype for key, array in arrays.items()}
         self.version = 0
         self.round_metrics: dict[str, float] = {}
         self._asked: dict[int, tuple[int, int]] = {}  # node → last version sent, how often before
@@ -248,12 +247,13 @@ class AsyncStrategy(Strategy):
         version, repeats = self._asked.get(node, (-1, -1))
         repeats = repeats + 1 if version == self.version else 0
         self._asked[node] = self.version, repeats
-        asked: dict[str, float] = {"server-round": self.version + 1}
+        asked = config.copy()
+        asked["server-round"] = self.version + 1
         if repeats:
             asked["repeat"] = repeats
         if self.proximal_mu:
             asked["proximal-mu"] = self.proximal_mu
-        content = RecordDict({"arrays": self.arrays, "config": ConfigRecord({**config, **asked})})
+        content = RecordDict({"arrays": self.arrays, "config": asked})
         return Message(content, dst_node_id=node, message_type="train")
 
     def aggregate_train(
@@ -333,14 +333,14 @@ class AsyncStrategy(Strategy):
         stale = [update.staleness for update in updates]
         self._metrics = mean_metrics([reply for _, reply in self._open])
         self.round_metrics = {
-            "mean_staleness": float(np.mean(stale)),
+            "mean_staleness": sum(stale) / len(stale),
             "max_staleness": float(max(stale)),
-            "staleness_seconds": float(np.mean([update.seconds for update in updates])),
+            "staleness_seconds": sum(update.seconds for update in updates) / len(stale),
             "updates": float(len(updates)),
             "updates_dropped": float(self._dropped),
         }
-        for key, value in self.round_metrics.items():
-            self._metrics[key] = value
+        for key in ("mean_staleness", "updates_dropped"):
+            self._metrics[key] = self.round_metrics[key]
         self._open, self._dropped = [], 0
         return self.version
 
@@ -348,9 +348,9 @@ class AsyncStrategy(Strategy):
         """Make the record of the current version; rows of it are shared, never written to."""
         stacks = {}
         for key, value in self.model.items():
-            dtype = getattr(torch, self._dtypes[key])
-            whole = value if dtype.is_floating_point else value.round()
-            stacks[key] = whole.to(dtype)[None]
+            dtype = self._dtypes[key]
+            whole = value if dtype == value.dtype else value.round().to(dtype)
+            stacks[key] = whole[None]
         self.arrays = row_records(stacks, [0])[0]
 
 

@@ -57,6 +57,7 @@ class InFlight:
         self._is_virtual = hasattr(grid, "now")
         self._sent: dict[int, Sent] = {}  # of busy nodes
         self._nodes: dict[str, int] = {}  # message id → node
+        self._unsent: set[int] = set()
         self._online: Sequence[int] = ()
         self._members: Set[int] = frozenset()
         self._idle: list[int] = []
@@ -113,15 +114,15 @@ class InFlight:
         now = self.now
         for node in nodes:
             self._sent[node] = Sent(node, version, base, now)
+            self._unsent.add(node)
 
     def send(self, messages: Iterable[Message]) -> None:
         """Push instructions to nodes that were noted."""
         batch = list(messages)
         if batch:
-            ids = self.grid.push_messages(batch)
-            self._nodes |= {
-                i: message.metadata.dst_node_id for i, message in zip(ids, batch, strict=True)
-            }
+            for message_id, message in zip(self.grid.push_messages(batch), batch, strict=True):
+                self._nodes[message_id] = message.metadata.dst_node_id
+                self._unsent.discard(message.metadata.dst_node_id)
 
     def free(self, node: int) -> Sent | None:
         """Count a node as idle; return what it was sent, None if it was idle."""
@@ -132,8 +133,9 @@ class InFlight:
 
     def free_unsent(self) -> None:
         """Count as idle the nodes that were noted, and whose instructions others have sent."""
-        for node in self._sent.keys() - set(self._nodes.values()):
+        for node in sorted(self._unsent):
             self.free(node)
+        self._unsent.clear()
 
     def wait(self) -> list[Message]:
         """Return the next replies, in the order of sending; none if the next event is a loss."""

@@ -41,6 +41,7 @@ from fedsim.flower.records import (
     cast_like,
     flower_bytes,
     payload_bytes,
+    release_rows,
     snapshot,
     template_of,
 )
@@ -268,6 +269,7 @@ class NetworkGrid(Grid):
         self._lost: set[str] = set()
         self._given_up: dict[str, _Flight] = {}  # still under way, but nobody can ask any more
         self._waiting: Set[str] = frozenset()  # ids somebody waits for now
+        self._n_computed = 0  # replies since rows were last released
         self._needed = 0  # how many of them are to be decided before it goes on
         self._was_hopeless = False
         self._traffic = Traffic()
@@ -752,6 +754,17 @@ class NetworkGrid(Grid):
             compat.set_message_id(reply, f"r{flight.trip.message_id}")
             flight.reply = reply
             self._uncomputed.pop(flight.trip.message_id, None)
+        self._n_computed += len(flights)
+        if self._n_computed > len(self._flights):
+            self._n_computed = 0
+            self._release_rows()
+
+    def _release_rows(self) -> None:
+        """Let go of models that were handed over, though others of their batch were not."""
+        replies = (flight.reply for flight in self._flights.values())
+        contents = (r.content for r in replies if r is not None and r.has_content())
+        records = (record for content in contents for record in content.values())
+        release_rows(record for record in records if isinstance(record, ArrayRecord))
 
     def _collect(self, ids: Set[str]) -> list[Message]:
         """Hand over the replies that are there, in the order of their instructions."""

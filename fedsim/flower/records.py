@@ -32,6 +32,7 @@ __all__ = [
     "flower_bytes",
     "payload_bytes",
     "private_copy",
+    "release_rows",
     "snapshot",
     "stack_records",
     "stacked_record",
@@ -201,6 +202,27 @@ def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:
         else:
             stacks[key] = torch.stack([_tensor(array) for array in arrays])
     return stacks
+
+
+def release_rows(records: Iterable[ArrayRecord]) -> None:
+    """Copy rows out of stacks of which less than a half is in use, so that the rest can go.
+
+    Parameters
+    ----------
+    records : iterable of ArrayRecord
+        All that still holds rows; lazy arrays are changed to rows of the copies.
+    """
+    users: dict[int, tuple[torch.Tensor, list[LazyArray]]] = {}
+    for record in records:
+        for array in record.values():
+            if isinstance(array, LazyArray) and array.stack is not None:
+                users.setdefault(id(array.stack), (array.stack, []))[1].append(array)
+    for stack, arrays in users.values():
+        if 2 * len(arrays) < len(stack):
+            index = torch.tensor([array.row for array in arrays], device=stack.device)
+            rows = stack.index_select(0, index)
+            for row, array in enumerate(arrays):
+                array.__dict__.update(stack=rows, row=row)
 
 
 def _tensor(array: Array) -> torch.Tensor:

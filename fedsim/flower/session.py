@@ -495,5 +495,9 @@ def _mean(noted: list[tuple[int, dict[str, float]]], key: str) -> float | None:
 
 
 def _is_finite(arrays: ArrayRecord) -> bool:
-    values = (a.numpy() for a in arrays.values())
-    return all(np.isfinite(v).all() for v in values if v.dtype.kind == "f")
+    for array in arrays.values():
+        stack: torch.Tensor | None = getattr(array, "stack", None)
+        whole = torch.from_numpy(array.numpy()) if stack is None else stack[array.row]  # type: ignore[attr-defined]
+        if whole.is_floating_point() and not bool(whole.isfinite().all()):
+            return False
+    return True

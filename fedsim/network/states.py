@@ -53,6 +53,7 @@ class LinkStates:
         self._link_failures: dict[int, list[Failure]] = {}
         self._round = 0
         self._edges: frozenset[tuple[int, int]] | None = None
+        self._has_rounds = False  # a link that has been used is drawn anew in each round
         self._down: set[int] = set()
         self._dead: set[int] = set()
         self.is_varying = link_model is not None or bool(failures)
@@ -153,10 +154,17 @@ class LinkStates:
         self.is_varying = True
         (self._dead.discard if up else self._dead.add)(node)
 
+    @property
+    def depends_on_round(self) -> bool:
+        """Whether a new round can change a link that has been used."""
+        return self._has_rounds or self._edges is not None
+
     def start_round(self, number: int, edges: Iterable[tuple[int, int]] | None) -> None:
         """Let per-round links take the states of a round."""
         self._round = number
         self._edges = None
+        if not self._has_rounds and edges is None:
+            return
         if edges is not None:
             self.is_varying = True
             self._edges = frozenset((min(a, b), max(a, b)) for a, b in edges)
@@ -180,6 +188,7 @@ class LinkStates:
         ends = LinkEnds(name, source, destination, self._wiring.server, self._shared)
         history = self._model.bind(self._seed, ends)
         if isinstance(history, RoundHistory):
+            self._has_rounds = True
             history.start_round(self._round)
         if len(histories) >= _MAX_IDLE_HISTORIES:
             del histories[next(iter(histories))]

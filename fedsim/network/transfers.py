@@ -439,7 +439,8 @@ class Network:
         A link that is in use stays as it is until nothing is on it, so that payloads on their way
         finish.
         """
-        for transfer in self._active:
+        depends = edges is not None or self._states.depends_on_round
+        for transfer in self._active if depends else ():
             for link in () if transfer.is_waiting else transfer.route:
                 watch = self._watches.get(link)
                 if watch is None:

@@ -161,3 +161,14 @@ def test_only_drifted_float_arrays_of_the_template_are_cast():
     assert content["arrays"]["new"].dtype == "float64"
     other_shape = RecordDict({"arrays": ArrayRecord({"w": Array(np.ones(4))})})
     assert records.cast_like(other_shape, template) == 0
+
+
+def test_rows_are_copied_out_of_a_stack_that_is_hardly_used():
+    stack = torch.arange(12.0).reshape(6, 2)
+    held = [records.stacked_record({"w": stack}, row) for row in (0, 3, 5)]
+    records.release_rows(held)
+    assert all(record["w"].stack is stack for record in held)
+    records.release_rows(held[1:])
+    assert held[1]["w"].stack is held[2]["w"].stack
+    assert held[1]["w"].stack.shape == (2, 2)
+    assert [record["w"].numpy().tolist() for record in held] == [[0, 1], [6, 7], [10, 11]]
