@@ -437,7 +437,8 @@ class NetworkGrid(Grid):
     def advance(self, seconds: float) -> None:
         """Let virtual time pass."""
         self._neighbours.settle()
-        self.env.run(until=self.env.now + seconds)
+        until = self._collectives.memory.quiet_until = self.env.now + seconds
+        self.env.run(until=until)
 
     def wait_for_nodes(self, seconds: float) -> None:
         """Sleep as a strategy does that waits for nodes: whole steps, up to the next change.
@@ -846,6 +847,8 @@ class NetworkGrid(Grid):
         self._waiting, self._needed = ids, needed
         env = self.env
         self._neighbours.settle()
+        waits_for_all = needed == len(ids) and self.recorder is None
+        self._collectives.memory.quiet_until = deadline if waits_for_all else -math.inf
         expiry = self._next_expiry()
         while self._needed > 0 and min(time := env.peek(), expiry) <= deadline:
             if time > expiry:
@@ -869,6 +872,7 @@ class NetworkGrid(Grid):
         if self._needed > 0 and env.now < deadline:
             env.run(until=deadline)
         self._waiting = frozenset()
+        self._collectives.memory.quiet_until = -math.inf
 
     def _next_expiry(self) -> float:
         mine = (time for i, time in self._expiries.items() if i in self._waiting)

@@ -9,7 +9,7 @@ import simpy
 
 from fedsim.errors import NetworkError
 
-__all__ = ["ARRIVAL", "CHANGE", "EXPIRY", "WHILE_OPEN", "Clock"]
+__all__ = ["ARRIVAL", "CHANGE", "EXPIRY", "WHILE_OPEN", "Clock", "is_alone"]
 
 CHANGE, ARRIVAL, EXPIRY = 0, 1, 2  # order of the calendar's entries at one instant
 WHILE_OPEN = -1  # the version of an entry that holds as long as its item is not over
@@ -40,6 +40,11 @@ class _Wake(simpy.Event):
         self._value = None
         self.callbacks.append(call)
         env.schedule(self, priority, delay)  # type: ignore[arg-type]
+
+
+def is_alone(env: simpy.Environment, until: float, own: type[simpy.Event]) -> bool:
+    """Return whether nothing but events of one type, and clocks' wakes, comes before a time."""
+    return all(time >= until or isinstance(event, own | _Wake) for time, _, _, event in env._queue)
 
 
 class Clock:

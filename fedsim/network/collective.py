@@ -24,14 +24,18 @@ from typing import Literal, cast
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
 from fedsim.errors import NetworkError, PayloadError
-from fedsim.network.exchange import Compute, Trip, at, then
+from fedsim.network.exchange import Compute, Trip, then
 from fedsim.network.lanes import Lanes, Shares
+from fedsim.network.reuse import Due, Memory, Past, Watch
 from fedsim.network.transfers import Delivery, LinkDown, Network, Spread, Transfer
 from topologies.schedules import Schedule
 
 __all__ = ["Bucket", "Collectives", "Conduct", "Hooks", "Plan", "Report", "Span"]
+
+FloatArray = NDArray[np.float64]
 
 _LINK_DOWN: dict[str, LinkDown] = {"error": "fail", "reroute": "reroute", "wait": "stall"}
 
@@ -161,8 +165,8 @@ class Hooks:
         Asked once for a trip, when its work is done (begun, if overlapped): the size of its vector
         in bytes, or None if its work has failed and there is nothing to add.
     post : callable
-        Told way (``peer``; ``up`` or ``down`` to and from a dedicated server) and size of each
-        message that sets off.
+        Told the way (``peer``; ``up`` or ``down`` to and from a dedicated server) of messages that
+        set off, their bytes and their number.
     observe : callable
         Told a member's trip, ``collective``, and what became of a message.
     done : callable
@@ -172,7 +176,7 @@ class Hooks:
     """
 
     load: Callable[[Trip], int | None]
-    post: Callable[[str, int], None]
+    post: Callable[[str, int, int], None]
     observe: Callable[[Trip, str, Delivery], None]
     done: Callable[[Trip], None]
     report: Callable[[Report], None]
@@ -197,6 +201,7 @@ class Collectives:
         self.compute = compute
         self.hooks = hooks
         self.header_bytes = header_bytes
+        self.memory = Memory(network, compute)
         self.runs: dict[_Run, None] = {}
         self._scripts: dict[tuple[int, tuple[int, ...], frozenset[int]], _Script] = {}
 
@@ -217,7 +222,7 @@ class Collectives:
         """
         run = _Run(self, trips, plan)
         self.runs[run] = None
-        at(self.network.env, self.network.env.now, lambda _: run.start())
+        _at(self.network.env, self.network.env.now, lambda _: run.start())
 
     def why_stuck(self) -> str | None:
         """Say where the first run stands that is not over; None if all are."""
@@ -308,6 +313,21 @@ class _Progress:
     transfers: dict[Transfer, None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    """What a run has sent and received so far."""
+
+    sent: tuple[int, ...]  # by each member
+    received: tuple[int, ...]
+    posted: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, now: _Progress, posted: dict[str, tuple[int, int]]) -> "_Tally":
+        trips = [member.trip for member in now.roster]
+        sent, received = zip(*((t.bytes_up, t.bytes_down) for t in trips), strict=True)
+        return cls(sent, received, dict(posted))
+
+
 class _Run:
     """One collective of one group."""
 
@@ -320,6 +340,9 @@ class _Run:
         self._env = owner.network.env
         self._pushed = self._env.now
         self._first = math.nan  # when the first step began
+        self._posted: dict[str, tuple[int, int]] = {}  # way → bytes and messages
+        self._watch: Watch | None = None
+        self._tally: _Tally | None = None  # when the watch began
         self._sync = 0.0
         self._is_global = plan.conduct.barrier == "global"
         self._is_over = False
@@ -364,11 +387,11 @@ class _Run:
             trip.received = env.now
             trip.started, ended, is_done = compute.occupy(trip.device, env.now, trip.samples)
             if not is_done:
-                at(env, ended, partial(self._lose_at, member))
+                _at(env, ended, partial(self._lose_at, member))
                 continue
             trip.computed = ended
             begin = trip.started if self.plan.conduct.is_overlapped else ended
-            at(env, begin, partial(self._load, member))
+            _at(env, begin, partial(self._load, member))
 
     def _is_there(self, device: int) -> bool:
         is_online = self.owner.compute.is_available(device, self._env.now)
@@ -384,7 +407,7 @@ class _Run:
             return
         size = self.owner.hooks.load(trip)
         if size is None:
-            at(self._env, trip.computed, partial(self._lose_at, member))
+            _at(self._env, trip.computed, partial(self._lose_at, member))
             return
         if self._size is None:
             self._size = size, trip.device
@@ -397,10 +420,15 @@ class _Run:
         if not self.plan.conduct.is_overlapped:
             self._make_ready(member, len(self.buckets))
             return
+        for number, known in enumerate(self._ready_times(trip), start=1):
+            _at(self._env, known, partial(self._make_ready, member, number))
+
+    def _ready_times(self, trip: Trip) -> list[float]:
+        """Return when a member has each bucket."""
         step = (trip.computed - trip.started) * trip.last_step
-        for number, bucket in enumerate(self.buckets, start=1):
-            known = trip.computed - step * (1.0 - bucket.ready)
-            at(self._env, known, partial(self._make_ready, member, number))
+        if not self.plan.conduct.is_overlapped:
+            step = 0.0
+        return [trip.computed - step * (1.0 - bucket.ready) for bucket in self.buckets]
 
     def _make_ready(self, member: _Member, n_buckets: int, _: simpy.Event | None = None) -> None:
         member.n_ready = n_buckets
@@ -416,7 +444,12 @@ class _Run:
                 self._end([member])
         elif self._is_global:
             self._begin_step(now)
-        else:
+        elif not now.is_called:
+            if math.isnan(self._first):
+                self._first = self._env.now
+            if not now.began and self._repeats_run(now):
+                now.is_called = True
+                return
             self._advance(now, member.number)
             for server in range(len(now.roster), len(now.ranks)):
                 self._advance(now, server)
@@ -430,12 +463,19 @@ class _Run:
         if now.is_called or not all(member.n_ready > bucket for member in now.roster):
             return
         now.is_called = True
-        now.began[now.position] = self._env.now
         if math.isnan(self._first):
             self._first = self._env.now
+        if step == 0:
+            size = self.buckets[bucket].size_bytes
+            past = self._recall(now, (size,), np.zeros((len(now.roster), 1)))
+            if past is not None:
+                end = self._env.now + past.seconds
+                _at(self._env, end, partial(self._repeat_bucket, now, past, self._env.now))
+                return
+        now.began[now.position] = self._env.now
         begin = self._env.now + self.plan.conduct.step_latency
         n_messages = len(now.script.messages[step])
-        at(self._env, begin, lambda _: self._send_all(now, n_messages))
+        _at(self._env, begin, lambda _: self._send_all(now, n_messages))
 
     def _send_all(self, now: _Progress, n_messages: int) -> None:
         now.n_open = n_messages
@@ -446,11 +486,28 @@ class _Run:
         assert now.script is not None
         now.ended[now.position] = self._env.now
         now.position += 1
+        if now.position % now.script.n_steps == 0:
+            first = now.position - now.script.n_steps
+            self._keep(now, range(first, now.position), [self._env.now] * len(now.roster))
+            self._end_bucket(now, now.began[first])
+        else:
+            now.is_called = False
+            self._begin_step(now)
+
+    def _repeat_bucket(self, now: _Progress, past: Past, begin: float, _: simpy.Event) -> None:
+        """End a bucket that went as an earlier one did."""
+        if now is not self._now:
+            return
+        assert now.script is not None
+        self._repeat(now, past, begin, now.position)
+        now.position += now.script.n_steps
+        self._end_bucket(now, begin)
+
+    def _end_bucket(self, now: _Progress, begin: float) -> None:
+        assert now.script is not None
         now.is_called = False
-        bucket, step = divmod(now.position, now.script.n_steps)
-        if step == 0:
-            self._sync += self._env.now - now.began[now.position - now.script.n_steps]
-        if bucket < len(self.buckets):
+        self._sync += self._env.now - begin
+        if now.position < now.script.n_steps * len(self.buckets):
             self._begin_step(now)
         else:
             self._end(now.roster)
@@ -476,12 +533,34 @@ class _Run:
             return
         if step == 0:
             rank.ended = self._env.now
-        if math.isnan(self._first):
-            self._first = self._env.now
         rank.is_called = True
         now.began.setdefault(rank.position, rank.ended)
         begin = rank.ended + self.plan.conduct.step_latency
-        at(self._env, begin, lambda _: self._send_own(now, number))
+        _at(self._env, begin, lambda _: self._send_own(now, number))
+
+    def _repeats_run(self, now: _Progress) -> bool:
+        """Let all go as in an earlier run, if it is certain to; the first bucket is ready."""
+        trips = [member.trip for member in now.roster]
+        if any(math.isnan(trip.computed) for trip in trips):
+            return False
+        begin, sizes = self._env.now, tuple(bucket.size_bytes for bucket in self.buckets)
+        ready = np.array([self._ready_times(trip) for trip in trips]) - begin
+        past = self._recall(now, sizes, ready)
+        if past is None:
+            return False
+        for member, end in zip(now.roster, past.ends, strict=True):
+            _at(self._env, begin + end, partial(self._repeat_member, now, past, begin, member))
+        return True
+
+    def _repeat_member(
+        self, now: _Progress, past: Past, begin: float, member: _Member, _: simpy.Event
+    ) -> None:
+        """End a member's part that went as an earlier one did; the first to end counts for all."""
+        if now is not self._now:
+            return
+        if not now.began:
+            self._repeat(now, past, begin, 0)
+        self._end([member])
 
     def _waits(self, now: _Progress, position: int) -> list[int]:
         """Return how many messages each rank still waits for in a step, its own included."""
@@ -530,7 +609,10 @@ class _Run:
         if a < len(now.roster):
             member.trip.bytes_up += size
             owner.compute.count_bytes(source, sent=size)
-        owner.hooks.post(_way(now, a, b), size)
+        way = _way(now, a, b)
+        posted = self._posted.get(way, (0, 0))
+        self._posted[way] = posted[0] + size, posted[1] + 1
+        owner.hooks.post(way, size, 1)
         transfer = owner.network.transfer(source, destination, size, spread=spread)
         now.transfers[transfer] = None
         then(transfer, partial(self._arrive, now, position, row, transfer))
@@ -636,11 +718,57 @@ class _Run:
     def _drop_transfers(self) -> None:
         """Take all messages off the network; what comes of them later concerns nobody."""
         now, self._now = self._now, _Progress(self._now.roster)
+        self._watch = None
         if self._is_global and now.script is not None and now.is_called:
             begin = now.position - now.position % now.script.n_steps
-            self._sync += self._env.now - now.began[begin]
+            self._sync += self._env.now - now.began.get(begin, self._env.now)
         for transfer in list(now.transfers):
             transfer.cancel()
+
+    # What went before
+
+    def _recall(self, now: _Progress, sizes: tuple[int, ...], ready: FloatArray) -> Past | None:
+        """Return what such a run or bucket did before; else see to it that it can be kept."""
+        conduct, memory = self.plan.conduct, self.owner.memory
+        subject = now.script, sizes, conduct
+        self._watch = memory.watch(subject, ready) if len(self.owner.runs) == 1 else None
+        past = None if self._watch is None else memory.recall(self._watch)
+        self._tally = _Tally.of(now, self._posted)
+        return past
+
+    def _keep(self, now: _Progress, positions: range, ends: Sequence[float]) -> None:
+        """Keep what has just ended, if nothing disturbed it."""
+        if self._watch is None or self._tally is None:
+            return
+        before, after = self._tally, _Tally.of(now, self._posted)
+        self.owner.memory.keep(
+            self._watch,
+            ends=ends,
+            spans=[(p - positions[0], now.began[p], now.ended[p]) for p in positions],
+            sent=[b - a for a, b in zip(before.sent, after.sent, strict=True)],
+            received=[b - a for a, b in zip(before.received, after.received, strict=True)],
+            posted={
+                way: (
+                    size - before.posted.get(way, (0, 0))[0],
+                    n - before.posted.get(way, (0, 0))[1],
+                )
+                for way, (size, n) in after.posted.items()
+            },
+        )
+
+    def _repeat(self, now: _Progress, past: Past, begin: float, position: int) -> None:
+        """Count what is not simulated."""
+        owner = self.owner
+        for step, start, end in past.spans:
+            now.began[position + step] = begin + start
+            now.ended[position + step] = begin + end
+        for member, sent, received in zip(now.roster, past.sent, past.received, strict=True):
+            member.trip.bytes_up += sent
+            member.trip.bytes_down += received
+            owner.compute.count_bytes(member.trip.device, sent=sent, received=received)
+        for way, (size, n_messages) in past.posted.items():
+            owner.hooks.post(way, size, n_messages)
+        owner.network.add_usage(past.carried, past.busy)
 
     # The end
 
@@ -668,6 +796,8 @@ class _Run:
         computed = [t.computed for t in self._trips if t.outcome == "ok"]
         if not computed:
             return
+        if not self._is_global and not now.is_called:
+            self._keep(now, range(len(now.ended)), [m.trip.finished for m in now.roster])
         n_steps = now.script.n_steps if now.script else 1
         sync = self._sync
         if not self._is_global and not math.isnan(self._first):
@@ -694,3 +824,8 @@ def _way(now: _Progress, source: int, destination: int) -> str:
     """Return how records call a message between two ranks."""
     n = len(now.roster)
     return "up" if destination >= n else "down" if source >= n else "peer"
+
+
+def _at(env: simpy.Environment, time: float, callback: Callable[[simpy.Event], None]) -> None:
+    """Call back at a time, by an event that is known to disturb nothing else."""
+    then(Due(env, max(time - env.now, 0.0)), callback)

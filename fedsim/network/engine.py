@@ -176,6 +176,10 @@ class FluidNetwork:
             busy[link.index] += now - link.since
         return busy
 
+    def add_busy_time(self, busy: FloatArray) -> None:
+        """Count time (s, shape (n_links,)) for which links had flows that were never added."""
+        self._busy += busy
+
     def solve(self, now: float) -> None:
         """Bring all rates up to date after the changes of this instant."""
         if not self._dirty:

@@ -35,6 +35,9 @@ class Compute(Protocol):
     def count_bytes(self, device: int, *, sent: int = 0, received: int = 0) -> None:
         """Count what a device has sent or received, headers included."""
 
+    def next_change(self, time: float) -> float:
+        """Return when a device next comes or goes after `time`; inf if none ever does."""
+
 
 class Cancellable(Protocol):
     """What can be taken off the network."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import networkx as nx
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
 from fedsim.errors import NetworkError
 from fedsim.network.clock import ARRIVAL, CHANGE, EXPIRY, WHILE_OPEN, Clock
@@ -30,6 +31,7 @@ from fedsim.streams import bits
 
 __all__ = ["Delivery", "LinkDown", "LinkUse", "Network", "Spread", "Transfer"]
 
+FloatArray = NDArray[np.float64]
 Outcome = Literal["delivered", "lost", "failed"]
 LinkDown = Literal["stall", "fail", "reroute"]
 
@@ -257,6 +259,8 @@ class Network:
     n_nodes : int
     graph : networkx.Graph or None
         What it was made from; None for a star.
+    n_released, n_forced : int
+        Payloads sent, and changes of links and nodes made by hand, so far.
     on_close : callable or None
         Called with each `Delivery` when its payload has arrived or was given up.
     """
@@ -278,6 +282,8 @@ class Network:
         self.server = wiring.server
         self.n_nodes = wiring.n_nodes
         self.graph: nx.Graph[Any] | None = wiring.graph
+        self.n_released = 0
+        self.n_forced = 0
         self.on_close: Callable[[Delivery], None] | None = None
         self._wiring = wiring
         self._latency = table.latency
@@ -377,6 +383,7 @@ class Network:
                 for link in self._wiring.find(name)
             }
         self._active[transfer] = None
+        self.n_released += 1
         if self.options.timeout is not None:
             end = self.env.now + self.options.timeout
             self._clock.at(end, EXPIRY, self._expire, transfer, WHILE_OPEN)
@@ -407,6 +414,7 @@ class Network:
         """
         if bandwidth_bps is not None and not bandwidth_bps >= 0:
             raise NetworkError(f"link {name}: negative bandwidth {bandwidth_bps:g} bit/s")
+        self.n_forced += 1
         self._down_at = nan, frozenset()
         for link in self._wiring.find(name):
             self._states.set_link(link, up, bandwidth_bps)
@@ -416,6 +424,7 @@ class Network:
 
     def set_node(self, node: int, *, up: bool) -> None:
         """Let a node die or come back: its links go with it, payloads from or to it fail."""
+        self.n_forced += 1
         self._down_at = nan, frozenset()
         self._states.set_node(node, up)
         if not up:
@@ -472,6 +481,35 @@ class Network:
     def is_dead(self, node: int) -> bool:
         """Return whether a node is down now."""
         return self._states.is_dead(node, self.env.now)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no payload is on its way."""
+        return not self._active
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether what becomes of a message is drawn at random."""
+        return self._counts_messages
+
+    def outlook(self) -> tuple[bytes, float]:
+        """Return the links' present states, equal only if all are, and until when (s) they hold."""
+        states, now = self._states, self.env.now
+        if not states.is_varying:
+            return b"", inf
+        links = range(len(self._latency))
+        figures = [states.figures(link, now)[1:3] for link in links]
+        until = min((states.next_change(link, now) for link in links), default=inf)
+        return np.array(figures).tobytes(), until
+
+    def usage(self) -> tuple[FloatArray, FloatArray]:
+        """Return the bytes that each link has carried, and its busy time (s)."""
+        return self._carried.copy(), self._fluid.busy_time(self.env.now)
+
+    def add_usage(self, carried: FloatArray, busy: FloatArray) -> None:
+        """Count what links would have carried, and for how long, in what is not simulated."""
+        self._carried += carried
+        self._fluid.add_busy_time(busy)
 
     def link_uses(self) -> list[LinkUse]:
         """Return what each link that was ever used has carried, in order of link ids."""

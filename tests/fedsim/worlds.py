@@ -70,6 +70,7 @@ def make_world(
     link_model=None,
     timetable=None,
     on_leave="pause",
+    energy=None,
     executor="vectorised",
     app=None,
     chunk=None,
@@ -88,7 +89,8 @@ def make_world(
 
     trainer = digits_trainer(n_devices, chunk)
     env = simpy.Environment()
-    fleet = DeviceFleet(each(1e3 if speed is None else speed), timetable, on_leave=on_leave)
+    speed = each(1e3 if speed is None else speed)
+    fleet = DeviceFleet(speed, timetable, on_leave=on_leave, energy=energy)
     options = {"link_model": link_model, "seed": seed, "message_loss": loss}
     options |= network_options or {}
     if graph is not None:
