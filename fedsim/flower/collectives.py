@@ -7,20 +7,21 @@ from typing import cast
 
 from fedsim.errors import PayloadError
 from fedsim.flower.instructions import NODE_BASE, Collective, Exchange
-from fedsim.network.collective import Bucket, Plan, Report
+from fedsim.network.plan import Bucket, Plan, Report
 from fedsim.network.transfers import Network
 from topologies.attributes import Graph, servers_of
 from topologies.generators import star
 from topologies.overlap import FORWARD, buckets_of
 from topologies.placement import COLLECTIVES, among
 from topologies.profiles import Profile, profile
-from topologies.schedules import Schedule, Step
+from topologies.schedules import Schedule, Step, step_of
 
 __all__ = ["Planner", "times_of"]
 
 # Where some of the devices are gone, these give way to a collective that takes any number.
 _NEED_ALL = ("bml", "dimension_rings", "rotated_rings")
 _INSTEAD = "ps_colocated"
+_ALONE = Schedule("nobody", 1, 1, (step_of([]),), (0,))
 
 
 class Planner:
@@ -86,6 +87,8 @@ class Planner:
         return found
 
     def _plan(self, asked: Collective, devices: Sequence[int], lost: Sequence[int] = ()) -> Plan:
+        if len(devices) == 1 and lost:
+            return self._alone(asked, devices, lost)
         try:
             schedule = self._schedule(asked.name, tuple(devices), asked.root)
         except ValueError as error:
@@ -98,6 +101,18 @@ class Planner:
             conduct=asked.conduct,
             schedule=schedule,
             hosts=(*devices, *servers_of(self._graph)[:n_servers]),
+            cut=self._cut(asked),
+            replan=self._replan(asked, devices, lost),
+            lost=frozenset(lost),
+        )
+
+    def _alone(self, asked: Collective, devices: Sequence[int], lost: Sequence[int]) -> Plan:
+        """Return the plan of the last device that is left: a step without messages."""
+        return Plan(
+            group=asked.group,
+            conduct=replace(asked.conduct, step_latency=0.0),
+            schedule=_ALONE,
+            hosts=tuple(devices),
             cut=self._cut(asked),
             replan=self._replan(asked, devices, lost),
             lost=frozenset(lost),

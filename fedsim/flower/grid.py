@@ -46,7 +46,8 @@ from fedsim.flower.records import (
     template_of,
 )
 from fedsim.learning.config import ROUNDS, LocalConfig
-from fedsim.network import Delivery, Network, collective
+from fedsim.network import Delivery, Network, plan
+from fedsim.network.collective import Collectives
 from fedsim.network.exchange import Trip, serve
 from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import ComputeRow, Recorder, TransferRow
@@ -113,7 +114,7 @@ class Traffic:
     replied: set[int] = field(default_factory=set)
     train: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     evaluate: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    collectives: list[collective.Report] = field(default_factory=list)
+    collectives: list[plan.Report] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -246,10 +247,10 @@ class NetworkGrid(Grid):
         hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
         self._neighbours = Neighbours(network, fleet, len(fleet), hooks, seed=seed)
         self._planner = Planner(network, len(fleet), profile)
-        self._collectives = collective.Collectives(
+        self._collectives = Collectives(
             network,
             fleet,
-            collective.Hooks(
+            plan.Hooks(
                 self._load_vector,
                 self._post_message,
                 self._observe_peer,
@@ -356,8 +357,8 @@ class NetworkGrid(Grid):
                 self._depart(flight.trip)
         for trips, known in group(between):
             self._neighbours.begin(trips, known, manners[trips[0].round])
-        for places, plan in groups:
-            self._collectives.begin([flights[i].trip for i in places], plan)
+        for places, planned in groups:
+            self._collectives.begin([flights[i].trip for i in places], planned)
         self._was_hopeless = False
         return [flight.trip.message_id for flight in flights]
 
@@ -655,7 +656,7 @@ class NetworkGrid(Grid):
         else:
             traffic.bytes_down += size_bytes
 
-    def _note_collective(self, report: collective.Report) -> None:
+    def _note_collective(self, report: plan.Report) -> None:
         self._traffic.collectives.append(report)
 
     def _arrive(self, trip: Trip) -> None:
@@ -847,8 +848,7 @@ class NetworkGrid(Grid):
         self._waiting, self._needed = ids, needed
         env = self.env
         self._neighbours.settle()
-        waits_for_all = needed == len(ids) and self.recorder is None
-        self._collectives.memory.quiet_until = deadline if waits_for_all else -math.inf
+        self._collectives.memory.quiet_until = self._quiet_until(ids, deadline, needed)
         expiry = self._next_expiry()
         while self._needed > 0 and min(time := env.peek(), expiry) <= deadline:
             if time > expiry:
@@ -873,6 +873,13 @@ class NetworkGrid(Grid):
             env.run(until=deadline)
         self._waiting = frozenset()
         self._collectives.memory.quiet_until = -math.inf
+
+    def _quiet_until(self, ids: Set[str], deadline: float, needed: int) -> float:
+        """Return until when nobody can push: the caller waits for all that is under way."""
+        pending = [i for i, flight in self._flights.items() if flight.trip.outcome == "pending"]
+        waits_for_all = needed == len(pending) and ids.issuperset(pending)
+        is_recorded = self.recorder is not None
+        return deadline if waits_for_all and not (self._given_up or is_recorded) else -math.inf
 
     def _next_expiry(self) -> float:
         mine = (time for i, time in self._expiries.items() if i in self._waiting)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fedsim.errors import PayloadError, ScenarioError
 from fedsim.learning.config import ROUNDS, LocalConfig
-from fedsim.network.collective import Conduct
 from fedsim.network.neighbours import Manner
+from fedsim.network.plan import Conduct
 from fedsim.registry import nearest
 from topologies.placement import COLLECTIVES
 from topologies.profiles import PROFILES, profile

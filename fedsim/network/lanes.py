@@ -11,11 +11,13 @@ from typing import cast
 
 import numpy as np
 
+from fedsim.errors import NetworkError
+from fedsim.network.plan import Plan
 from fedsim.network.transfers import Network
 from topologies.attributes import Graph
 from topologies.routing import Router
 
-__all__ = ["Lanes"]
+__all__ = ["Lanes", "Script", "Shares"]
 
 Shares = Mapping[int, float]
 """Link id → share of a message that crosses it."""
@@ -95,3 +97,56 @@ class Lanes:
         numbers |= {(a, b): link for link, (a, b) in enumerate(ends)}
         pairs = zip(router.links.source.tolist(), router.links.target.tolist(), strict=True)
         return np.array([numbers[pair] for pair in pairs])
+
+
+class Script:
+    """What a plan's schedule means on a network, worked out once.
+
+    Parameters
+    ----------
+    plan : Plan
+    lanes : Lanes
+
+    Attributes
+    ----------
+    messages : list of list of (int, int, int, int)
+        Of each step: source and destination rank, first piece and end.
+    shares : list of list of mapping
+        Of each step and message: link id → share of it.
+    rows : list of dict
+        Of each step: rank → its messages.
+    waits : list of list of int
+        Of each step and rank: how many messages it sends and receives.
+    """
+
+    def __init__(self, plan: Plan, lanes: Lanes) -> None:
+        self.schedule = schedule = plan.schedule
+        self.n_steps = len(schedule.steps)
+        columns = [
+            (s.source.tolist(), s.destination.tolist(), s.lo.tolist(), s.hi.tolist())
+            for s in schedule.steps
+        ]
+        self.messages = [list(zip(*column, strict=True)) for column in columns]
+        known: dict[tuple[bytes, bytes], list[Shares]] = {}
+        self.shares: list[list[Shares]] = []
+        self.rows: list[dict[int, list[int]]] = []
+        self.waits: list[list[int]] = []
+        for number, step in enumerate(schedule.steps):
+            key = step.source.tobytes(), step.destination.tobytes()
+            if key not in known:
+                known[key] = self._routes(number, plan, lanes)
+            self.shares.append(known[key])
+            rows: dict[int, list[int]] = {}
+            for row, source in enumerate(step.source.tolist()):
+                rows.setdefault(source, []).append(row)
+            self.rows.append(rows)
+            ends = np.concatenate([step.source, step.destination])
+            self.waits.append(np.bincount(ends, minlength=schedule.ranks).tolist())
+
+    def _routes(self, number: int, plan: Plan, lanes: Lanes) -> list[Shares]:
+        sources = [plan.hosts[a] for a, _, _, _ in self.messages[number]]
+        destinations = [plan.hosts[b] for _, b, _, _ in self.messages[number]]
+        try:
+            return lanes.between(sources, destinations, plan.lost)
+        except ValueError as error:
+            raise NetworkError(f"step {number} of {self.schedule.name}: {error}") from error

@@ -12,7 +12,7 @@ every message is simulated.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import numpy as np
@@ -23,18 +23,49 @@ from fedsim.network.clock import is_alone
 from fedsim.network.exchange import Compute
 from fedsim.network.transfers import Network
 
-__all__ = ["Due", "Memory", "Past", "Watch"]
+__all__ = ["Due", "Memory", "Past", "Tally", "Watch"]
 
 FloatArray = NDArray[np.float64]
-Counts = dict[str, tuple[int, int]]
-"""Way → bytes and messages."""
-
 _MAX_KEPT = 256
 _ULPS = 8  # of the clock, by which times that are equal may differ
 
 
 class Due(simpy.Timeout):
     """An event of a collective that disturbs nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a collective has sent.
+
+    Attributes
+    ----------
+    sent, received : tuple of int
+        Bytes of each member.
+    posted : dict of str to (int, int)
+        Way → bytes and messages.
+    """
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    posted: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> int:
+        """The number of messages."""
+        return sum(messages for _, messages in self.posted.values())
+
+    def since(self, before: "Tally") -> "Tally":
+        """Return what has been sent after an earlier count."""
+        posted = {}
+        for way, (size, messages) in self.posted.items():
+            was = before.posted.get(way, (0, 0))
+            posted[way] = size - was[0], messages - was[1]
+        return Tally(
+            tuple(b - a for a, b in zip(before.sent, self.sent, strict=True)),
+            tuple(b - a for a, b in zip(before.received, self.received, strict=True)),
+            posted,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,10 +80,7 @@ class Past:
         When each member was done.
     spans : tuple of (int, float, float)
         Position of each step, from when it began and to when it ended.
-    sent, received : tuple of int
-        Bytes of each member.
-    posted : dict of str to (int, int)
-        Way → bytes and messages.
+    tally : Tally
     carried, busy : ndarray, shape (n_links,)
         Bytes, and seconds.
     """
@@ -60,9 +88,7 @@ class Past:
     ready: FloatArray
     ends: tuple[float, ...]
     spans: tuple[tuple[int, float, float], ...]
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-    posted: Counts
+    tally: Tally
     carried: FloatArray
     busy: FloatArray
 
@@ -80,10 +106,13 @@ class Watch:
     ----------
     begin : float, s
     ready : ndarray, shape (n_members, n_buckets), s from the begin
+    tally : Tally
+        Of what was sent before.
     """
 
     begin: float
     ready: FloatArray
+    tally: Tally
     key: Hashable
     until: float  # no link or device changes before
     n_released: int
@@ -111,7 +140,7 @@ class Memory:
         self._compute = compute
         self._kept: dict[Hashable, list[Past]] = {}
 
-    def watch(self, subject: Hashable, ready: FloatArray) -> Watch | None:
+    def watch(self, subject: Hashable, ready: FloatArray, tally: Tally) -> Watch | None:
         """Return what to keep a collective by that begins now; None if it cannot come again."""
         network, now = self._network, self._network.env.now
         if not network.is_idle or network.has_draws:
@@ -120,6 +149,7 @@ class Memory:
         return Watch(
             begin=now,
             ready=ready,
+            tally=tally,
             key=(subject, state),
             until=min(until, self._compute.next_change(now)),
             n_released=network.n_released,
@@ -147,18 +177,15 @@ class Memory:
     def keep(
         self,
         watch: Watch,
-        *,
+        tally: Tally,
         ends: Sequence[float],
         spans: Sequence[tuple[int, float, float]],
-        sent: Sequence[int],
-        received: Sequence[int],
-        posted: Counts,
     ) -> None:
-        """Keep what a collective did that ends now, if nothing disturbed it (times absolute)."""
+        """Keep what a collective did that ends now, if nothing disturbed it (absolute times)."""
         network, begin = self._network, watch.begin
-        n_messages = sum(messages for _, messages in posted.values())
+        sent = tally.since(watch.tally)
         if (
-            network.n_released - watch.n_released > n_messages
+            network.n_released - watch.n_released > sent.messages
             or network.n_forced > watch.n_forced
             or network.env.now > watch.until
             or self._find(watch) is not None
@@ -172,9 +199,7 @@ class Memory:
                 ready=watch.ready,
                 ends=tuple(end - begin for end in ends),
                 spans=tuple((p, start - begin, end - begin) for p, start, end in spans),
-                sent=tuple(sent),
-                received=tuple(received),
-                posted=posted,
+                tally=sent,
                 carried=carried - watch.usage[0],
                 busy=busy - watch.usage[1],
             )
