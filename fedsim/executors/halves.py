@@ -41,6 +41,9 @@ class DeviceHalf(Protocol):
     def draws(self, rounds: Any, devices: Any, device: Any = "cpu") -> Any:
         """Return the draws of these devices in these rounds."""
 
+    def as_mod(self) -> Any:
+        """Return the half as a Flower client mod."""
+
     def work(self, message: Message, context: Any) -> "DeviceWork":
         """Return the half's part in one instruction, with its state in a Flower `Context`."""
 

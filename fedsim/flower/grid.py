@@ -876,10 +876,11 @@ class NetworkGrid(Grid):
 
     def _quiet_until(self, ids: Set[str], deadline: float, needed: int) -> float:
         """Return until when nobody can push: the caller waits for all that is under way."""
+        if self.recorder is not None or self._given_up or not self._collectives.runs:
+            return -math.inf
         pending = [i for i, flight in self._flights.items() if flight.trip.outcome == "pending"]
-        waits_for_all = needed == len(pending) and ids.issuperset(pending)
-        is_recorded = self.recorder is not None
-        return deadline if waits_for_all and not (self._given_up or is_recorded) else -math.inf
+        waits_for_all = needed == len(pending) and all(i in ids for i in pending)
+        return deadline if waits_for_all else -math.inf
 
     def _next_expiry(self) -> float:
         mine = (time for i, time in self._expiries.items() if i in self._waiting)
