@@ -9,6 +9,7 @@ that a remote node needs no file) and a seed. It weighs nothing in virtual time.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -169,7 +170,7 @@ def _state_of(strategy: str, context: Context) -> RecordDict:
 
 @dataclass(frozen=True, slots=True)
 class _Device:
-    app: ClientApp
+    app: Callable[..., Message]
     run_config: dict[str, bool | int | float | str]
     n_devices: int
 

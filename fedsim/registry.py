@@ -83,6 +83,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "dp_server_adaptive": "flwr.serverapp.strategy:"
             "DifferentialPrivacyServerSideAdaptiveClipping",
             "dp_server_fixed": "flwr.serverapp.strategy:DifferentialPrivacyServerSideFixedClipping",
+            "drop_non_finite": "strategies.screening:DropNonFinite",
             "dsgt": "strategies.tracking:DSGT",
             "extra": "strategies.tracking:EXTRA",
             "fedadagrad": "strategies.linear:FedAdagrad",

@@ -48,6 +48,7 @@ from fedsim.flower.records import array_bytes
 from fedsim.flower.server import initial_arrays, save_arrays, score, score_models
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
 from fedsim.graphs import between_devices, build_graph, peer_graphs
+from fedsim.learning.attacks import Attack, Attacks, choose_attackers, flip_labels
 from fedsim.learning.config import LocalConfig
 from fedsim.learning.convex import ConvexProblem, problem_of
 from fedsim.learning.cost import model_cost
@@ -281,13 +282,16 @@ def _connect(
         config = _local_config(world)
     with _at("data"):
         data = load()
+    with _at("attacks"):
+        attacks = _attacks_of(world)
+        data = data if attacks is None else flip_labels(data, attacks)
     if world.evaluation.on == "validation" and getattr(data, "x_validation", None) is None:
         raise ScenarioError(
             "evaluation.on: 'validation' needs data.validation_fraction above 0 "
             f"(it is {world.data.validation_fraction})"
         )
     with _at("model"):
-        trainer = _build_trainer(world, data, device, crew)
+        trainer = _build_trainer(world, data, device, crew, attacks)
     with _at(place if world.compression is None else f"{place}: compression"):
         arrays = initial_arrays(trainer).values()
         sizes = [math.prod(array.shape) for array in arrays if "float" in array.dtype]
@@ -299,7 +303,8 @@ def _connect(
             problem = load.problem(trainer)
     with _at("devices"):
         fleet = _build_fleet(world, trainer)
-    plan = WorkPlan(config, data.size, world.seed)
+    idle = frozenset() if attacks is None else attacks.idle
+    plan = WorkPlan(config, data.size, world.seed, idle)
     with _at("executor"):
         if make is None:
             executor = make_executor(world, trainer, plan, made, crew)
@@ -526,7 +531,15 @@ def _given(section: BaseModel) -> dict[str, Any]:
     return {key: value for key, value in section if value is not None}
 
 
-def _build_trainer(scenario: Scenario, data: DeviceData, device: str, crew: Crew) -> Trainer:
+def _attacks_of(scenario: Scenario) -> Attacks | None:
+    """Return who attacks and how; None if nobody does."""
+    entries = [(Attack(e.kind, e.scale), e.share, e.devices) for e in scenario.attacks]
+    return choose_attackers(entries, scenario.data.devices, scenario.seed)
+
+
+def _build_trainer(
+    scenario: Scenario, data: DeviceData, device: str, crew: Crew, attacks: Attacks | None
+) -> Trainer:
     factory, arguments = registry.bind("model", scenario.model.spec())
     with warnings.catch_warnings():  # torch warns of layers without weights, refused below
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -546,6 +559,7 @@ def _build_trainer(scenario: Scenario, data: DeviceData, device: str, crew: Crew
         loss=scenario.training.loss,
         seed=scenario.seed,
         device=device,
+        attacks=attacks,
     )
 
 

@@ -35,6 +35,7 @@ from fedsim.streams import stream
 from fedsim.units import Bandwidth, Duration, Energy, Size
 
 __all__ = [
+    "AttackEntry",
     "ClientAppExecution",
     "Compression",
     "Data",
@@ -516,6 +517,28 @@ class Compression(_Section):
         return self
 
 
+class AttackEntry(_Section):
+    """Devices that do harm, all in the same way."""
+
+    kind: Literal["label_flip", "sign_flip", "noise", "nan", "free_rider"]
+    """What they do: train on flipped labels, send the opposite of what they learnt, add noise, send
+    NaN, or send back what came without working."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Their share of the devices, which are drawn by the seed."""
+    devices: list[int] | None = Field(default=None, min_length=1)
+    """The devices themselves, instead of a share."""
+    scale: float = Field(default=1.0, gt=0)
+    """Of `sign_flip` the factor, of `noise` the standard deviation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.share is None) == (self.devices is None):
+            raise ValueError("give share or devices, one of the two")
+        if self.scale != 1 and self.kind not in ("sign_flip", "noise"):
+            raise ValueError(f"scale has no meaning for {self.kind}")
+        return self
+
+
 class Evaluation(_Section):
     """When and on what the model is scored."""
 
@@ -605,6 +628,8 @@ class Scenario(_Section):
     """How messages are compressed, of strategies that do not say so themselves."""
     round_timeout: Annotated[Duration, Field(gt=0)] | None = None
     """Virtual time after which a round goes on without the devices that have not replied."""
+    attacks: list[AttackEntry] = Field(default_factory=list)
+    """Devices that do harm."""
     evaluation: Evaluation = Evaluation()
     """How often and on what the model is scored, and the accuracy aimed at."""
     executor: Spec = Spec(kind="vectorised")
@@ -669,6 +694,7 @@ _OVERRIDABLE = (
     "compression",
     "round_timeout",
     "executor",
+    "attacks",
 )
 _SHARED = tuple(key for key in Scenario.model_fields if key not in _OVERRIDABLE)
 _PARTS: Mapping[tuple[str, ...], str] = {

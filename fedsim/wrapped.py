@@ -7,6 +7,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from fedsim.document import read_document
+from fedsim.errors import ScenarioError
 from fedsim.executors.inner_grid import InnerGridExecutor, find_nodes
 from fedsim.flower.grid import NetworkGrid
 from fedsim.flower.session import watched
@@ -68,6 +69,8 @@ def wrap(
         If the grid has fewer nodes than there are devices.
     """
     made = scenario if isinstance(scenario, Scenario) else _load(Path(scenario))
+    if made.attacks:
+        raise ScenarioError("attacks: what devices reply is for your own app to say; leave it out")
     out = None if out is None else Path(out)
     nodes = find_nodes(grid, made.data.devices, wait=wait)
     name = _NAME if _NAME in made.strategies else next(iter(made.strategies))

@@ -7,6 +7,8 @@ from typing import Any
 
 from fedsim import registry
 from fedsim.data.federated import DeviceData
+from fedsim.errors import ScenarioError
+from fedsim.executors.attacked import AttackedApp
 from fedsim.executors.clientapp import ClientAppExecutor, check_app, device_app, mods_needed_by
 from fedsim.executors.crew import Crew, Wanted
 from fedsim.executors.flower import FlowerExecutor, own_app, users_app
@@ -15,6 +17,7 @@ from fedsim.executors.ray import RayTrainer
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.grid import NODE_BASE, Executor
 from fedsim.flower.instructions import WorkPlan, training_config
+from fedsim.learning.attacks import Attacks
 from fedsim.learning.trainer import Trainer
 from fedsim.scenario import FlowerExecution, RayExecution, Scenario, Spec
 
@@ -88,6 +91,7 @@ def make_executor(
     given = getattr(execution, "app", None)
     if given is not None:
         check_app(given)
+        _check_attacks(trainer.attacks)
     defaults = {
         **training_config(plan.defaults),
         "num-server-rounds": scenario.rounds,
@@ -103,11 +107,22 @@ def make_executor(
         crew.check(kind)
         tool = own_app(trainer, plan, mods, halves)
         if given is not None:
-            tool = users_app(scenario.executor.arguments["app"])
+            tool = users_app(scenario.executor.arguments["app"], trainer.attacks)
         wanted = _wanted(execution)
         return FlowerExecutor(tool, n_devices, crew=crew, wanted=wanted, **options)
-    app = given or device_app(trainer, plan, mods, halves)
+    app: Any = given or device_app(trainer, plan, mods, halves)
+    if given is not None and trainer.attacks is not None:
+        app = AttackedApp(given, trainer.attacks)
     return ClientAppExecutor(app, n_devices, **options)
+
+
+def _check_attacks(attacks: Attacks | None) -> None:
+    kinds = set() if attacks is None else {a.kind for a in attacks.by_device.values()}
+    if "label_flip" in kinds:
+        raise ScenarioError(
+            "attacks: label_flip changes the scenario's data, and executor.app loads its own; let "
+            "the app flip its labels, or use another attack"
+        )
 
 
 def added_config(scenario: Scenario) -> Mapping[str, bool | int | float | str]:

@@ -3,7 +3,7 @@
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 
@@ -63,7 +63,7 @@ class ClientAppExecutor:
 
     def __init__(
         self,
-        app: ClientApp,
+        app: Callable[..., Message],
         n_devices: int,
         *,
         node_base: int,
@@ -117,7 +117,7 @@ class ClientAppExecutor:
         return self.contexts[node_id]
 
 
-def call_app(app: ClientApp, message: Message, context: Context, seed: int) -> Message:
+def call_app(app: Callable[..., Message], message: Message, context: Context, seed: int) -> Message:
     """Return an app's reply to a message of its own; an error reply if it raises.
 
     Parameters

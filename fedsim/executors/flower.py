@@ -11,11 +11,13 @@ from flwr.clientapp.typing import Mod
 
 from fedsim import registry
 from fedsim.data.federated import DeviceData
+from fedsim.executors.attacked import AttackedApp
 from fedsim.executors.clientapp import ClientAppExecutor, call_app, device_app
 from fedsim.executors.crew import Crew, Tool, Wanted
 from fedsim.executors.halves import DeviceHalf
 from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan
+from fedsim.learning.attacks import Attacks
 from fedsim.learning.trainer import Trainer
 
 __all__ = ["FlowerExecutor", "own_app", "users_app"]
@@ -81,6 +83,7 @@ def own_app(
         "chunk": trainer.chunk,
         "engine": trainer.engine,
         "precision": trainer.stack.precision,
+        "attacks": trainer.attacks,
     }
     module = trainer.stack.module
     make = partial(_own_app, module, options, plan, tuple(mods), tuple(halves))
@@ -99,9 +102,14 @@ def _own_app(
     return device_app(trainer, plan, mods, halves)
 
 
-def users_app(name: str) -> Tool:
+def users_app(name: str, attacks: Attacks | None = None) -> Tool:
     """Return the app that "package.module:name" names, imported by each worker."""
-    return Tool(partial(registry.import_object, name))
+    return Tool(partial(_users_app, name, attacks))
+
+
+def _users_app(name: str, attacks: Attacks | None) -> Any:
+    app = registry.import_object(name)
+    return app if attacks is None else AttackedApp(app, attacks)
 
 
 def _answer(

@@ -38,6 +38,7 @@ from fedsim.flower.instructions import (
 )
 from fedsim.flower.peers import PeerGraph, agreed_manners, check_node, group, peers_of, received
 from fedsim.flower.records import (
+    FiniteCheck,
     cast_like,
     flower_bytes,
     payload_bytes,
@@ -95,6 +96,8 @@ class Traffic:
         Replies in which a device's app reported an error.
     first_error : str
         What the first of them says, and which device it is from.
+    not_finite : list of int
+        Devices whose train replies hold numbers that are not finite.
     selected, replied : set of int
         Devices that were sent a train instruction, and whose train reply was handed over.
     train, evaluate : list of (device, metrics)
@@ -110,6 +113,7 @@ class Traffic:
     messages_lost: int = 0
     error_replies: int = 0
     first_error: str = ""
+    not_finite: list[int] = field(default_factory=list)
     selected: set[int] = field(default_factory=set)
     replied: set[int] = field(default_factory=set)
     train: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
@@ -273,6 +277,7 @@ class NetworkGrid(Grid):
         self._n_computed = 0  # replies since rows were last released
         self._needed = 0  # how many of them are to be decided before it goes on
         self._was_hopeless = False
+        self._reported: set[int] = set()  # devices whose replies were not finite
         self._traffic = Traffic()
 
     @staticmethod
@@ -780,11 +785,13 @@ class NetworkGrid(Grid):
             known = self._uncomputed.keys() | {flight.trip.message_id for flight in late}
             self._compute([*late, *(s for s in senders if s.trip.message_id not in known)])
         replies, errors = [], []
+        is_finite = FiniteCheck()
         for flight in ready:
             assert flight.reply is not None
             del self._flights[flight.trip.message_id]
             flight.trip.is_closed = True
             self._note(flight)
+            self._screen(flight, is_finite)
             replies.append(flight.reply)
             if flight.trip.outcome == "error":
                 errors.append(f"device {flight.trip.device}: {flight.reply.error.reason}")
@@ -793,6 +800,22 @@ class NetworkGrid(Grid):
             self._traffic.first_error = self._traffic.first_error or errors[0]
             _log.warning("%d of %d are error replies; %s", len(errors), len(replies), errors[0])
         return replies
+
+    def _screen(self, flight: _Flight, is_finite: FiniteCheck) -> None:
+        """Report a train reply with numbers that are not finite: the strategy still gets it."""
+        trip, reply = flight.trip, flight.reply
+        if reply is None or reply.has_error() or not _is_train_type(trip.kind):
+            return
+        records = (r for r in reply.content.values() if isinstance(r, ArrayRecord))
+        if not all(map(is_finite, records)):
+            self._traffic.not_finite.append(trip.device)
+            if trip.device not in self._reported:
+                self._reported.add(trip.device)
+                _log.warning(
+                    "round %d: device %d replied with numbers that are not finite",
+                    trip.round,
+                    trip.device,
+                )
 
     def _senders(self, ready: Sequence[_Flight]) -> list[_Flight]:
         """Return the instructions whose payloads are handed over now and not yet computed."""

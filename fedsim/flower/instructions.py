@@ -296,11 +296,14 @@ class WorkPlan:
         Training samples of each device.
     seed : int
         Of the numbers of local steps, where devices draw them.
+    idle : frozenset of int
+        Devices that do not train.
     """
 
     defaults: LocalConfig
     sizes: NDArray[np.int64]
     seed: int = 0
+    idle: frozenset[int] = frozenset()
 
     def local_config(self, content: RecordDict) -> LocalConfig:
         """Return the local work that an instruction asks for.
@@ -350,7 +353,7 @@ class WorkPlan:
         action = message.metadata.message_type.partition(".")[0]
         if action == "evaluate":
             return size * _EVALUATION_SHARE
-        if action != "train":
+        if action != "train" or device in self.idle:
             return 0.0
         if config.mode == "local_sgd" and config.local_steps is None:
             return float(config.local_epochs * size)

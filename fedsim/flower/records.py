@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fedsim.flower import compat
 
 __all__ = [
+    "FiniteCheck",
     "LazyArray",
     "LazyArrayRecord",
     "array_bytes",
@@ -227,6 +228,36 @@ def release_rows(records: Iterable[ArrayRecord]) -> None:
 
 def _tensor(array: Array) -> torch.Tensor:
     return array.tensor() if isinstance(array, LazyArray) else torch.from_numpy(array.numpy())
+
+
+class FiniteCheck:
+    """Tells which records hold numbers that are not finite; looks at a common stack once."""
+
+    def __init__(self) -> None:
+        self._bad: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}
+
+    def __call__(self, record: ArrayRecord) -> bool:
+        """Return whether all numbers are finite (encoded arrays are not looked into)."""
+        return all(self._is_finite(array) for array in record.values())
+
+    def _is_finite(self, array: Array) -> bool:
+        stack: torch.Tensor | None = getattr(array, "stack", None)
+        if stack is None:
+            if array.dtype not in ("float16", "bfloat16", "float32", "float64"):
+                return True
+            return bool(torch.isfinite(_tensor(array)).all())
+        if id(stack) not in self._bad:
+            self._bad[id(stack)] = stack, _rows_not_finite(stack)  # kept: its id stays its own
+        return array.row not in self._bad[id(stack)][1]  # type: ignore[attr-defined]
+
+
+def _rows_not_finite(stack: torch.Tensor) -> frozenset[int]:
+    """Return the rows with a NaN or an infinity; a sum has one where its terms have."""
+    if not stack.is_floating_point():
+        return frozenset()
+    sums = stack.flatten(1).sum(1) if stack.dim() > 1 else stack
+    suspects = torch.nonzero(~torch.isfinite(sums)).flatten().tolist()
+    return frozenset(row for row in suspects if not bool(torch.isfinite(stack[row]).all()))
 
 
 def array_bytes(array: Array) -> int:

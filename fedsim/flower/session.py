@@ -418,6 +418,9 @@ class _Books:
         figures: dict[str, float] = {}
         if traffic.error_replies:
             figures["error_replies"] = traffic.error_replies
+        if traffic.not_finite:
+            figures["not_finite_replies"] = len(traffic.not_finite)
+            figures["first_not_finite_device"] = traffic.not_finite[0]
         figures |= times_of(traffic.collectives)
         energy = self._grid.fleet.energy(self._grid.now)
         if energy is not None:
@@ -436,7 +439,8 @@ class _Books:
         if self.outcome.diverged:
             noted = ((device, m.get("train_loss", 0.0)) for device, m in traffic.train)
             blamed = (d for d, x in noted if not (math.isfinite(x) and x <= self._limit))
-            self.outcome.diverged_device = next(blamed, None)
+            first = next(iter(traffic.not_finite), None)
+            self.outcome.diverged_device = next(blamed, first)
 
     def _stop_reason(self, row: RoundRow) -> str | None:
         stop = self._stop

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedsim.data.federated import DeviceData
 from fedsim.errors import ScenarioError
 from fedsim.learning import evaluation
+from fedsim.learning.attacks import Attacks
 from fedsim.learning.batches import Batches, make_batches
 from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.draws import KeyedLayers
@@ -109,6 +110,8 @@ class Trainer:
         ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
     precision : {"exact", "tf32", "bfloat16"}
         Of the arithmetic; weights, optimiser state and results keep the module's type.
+    attacks : Attacks, optional
+        What devices do to their results.
 
     Raises
     ------
@@ -127,10 +130,12 @@ class Trainer:
         engine: Engine = "auto",
         device: str = "cpu",
         precision: Precision = "exact",
+        attacks: Attacks | None = None,
     ) -> None:
         if chunk is not None and chunk < 1:
             raise ScenarioError(f"chunk: {chunk} is not at least 1")
         self.data, self.seed, self.chunk, self.engine = data, seed, chunk, engine
+        self.attacks = attacks
         if loss is None:
             usual = "cross_entropy" if data.n_classes else "squared_error"
             loss = str(getattr(module, "task_loss", usual))
@@ -253,6 +258,12 @@ class Trainer:
                     ) from error
                 continue
             loss[rows] = losses
+            if self.attacks is not None:
+                came = work.base[torch.from_numpy(work.base_rows[rows]).to(work.base.device)]
+                is_gradient = config.mode == "gradient"
+                self.attacks.apply(
+                    came, matrix, devices[rows], rounds[rows], is_gradient=is_gradient
+                )
             if collect is not None:
                 collect(rows, matrix)
             elif params is not None:

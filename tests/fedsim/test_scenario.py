@@ -317,7 +317,7 @@ def test_wrong_overrides_are_named(said, override, expected):
         ("topology: {kind: ring, uplink: 5 Mbit/s}", "topology.uplink: only a star has it"),
         ("topology: {kind: tree, fanouts: [2]}", "topology 'tree': devices = 4: (2,) holds 1 to 2"),
         ("compression: {kind: topk}", "compression.kind: unknown key"),
-        ("attacks: []", "attacks: unknown key"),
+        ("attack: []", "attack: unknown key"),
         ("model: my_nets:Net", "model: cannot import 'my_nets:Net' (ModuleNotFoundError"),
         ("seed: -1", "seed: -1 should be greater than or equal to 0"),
         ("seed: yes", "seed: 'yes' should be a valid integer"),
