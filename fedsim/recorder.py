@@ -29,6 +29,7 @@ __all__ = [
     "NetworkWorld",
     "Recorder",
     "RoundRow",
+    "StepRow",
     "TransferRow",
     "World",
     "dump_json",
@@ -231,6 +232,42 @@ class ComputeRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One step of a collective, a row of `steps.parquet` (times in virtual seconds).
+
+    Attributes
+    ----------
+    round : int
+    group, collective : str
+        Which instructions it was for, and its schedule.
+    bucket, step : int
+        Step of the schedule for one bucket of the vector, each from 0.
+    started, finished : float
+        From when its first rank began it to its last message's arrival.
+    """
+
+    round: int
+    group: str
+    collective: str
+    bucket: int
+    step: int
+    started: float
+    finished: float
+
+    SCHEMA: ClassVar[pa.Schema] = pa.schema(
+        [
+            ("round", pa.int32()),
+            ("group", pa.string()),
+            ("collective", pa.string()),
+            ("bucket", pa.int32()),
+            ("step", pa.int32()),
+            ("started", pa.float64()),
+            ("finished", pa.float64()),
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkRow:
     """One link over a whole run, a row of `links.parquet`; links never used may be left out.
 
@@ -270,6 +307,15 @@ class LinkRow:
             ("change_rates_bps", pa.list_(pa.float64())),
         ]
     )
+
+
+_STEMS: dict[type[Any], str] = {
+    TransferRow: "transfers",
+    ComputeRow: "compute",
+    StepRow: "steps",
+    LinkRow: "links",
+}
+"""Rows kept where transfers are asked for, and their files."""
 
 
 class _Parquet:
@@ -323,7 +369,7 @@ class Recorder:
     name : str
         The strategy's name.
     transfers : bool
-        Whether to keep transfers, compute spans and links.
+        Whether to keep transfers, compute spans, steps of collectives and links.
 
     Attributes
     ----------
@@ -347,7 +393,7 @@ class Recorder:
             self._lines = (self.directory / "rounds.jsonl").open(
                 "w", encoding="utf-8", newline="\n"
             )
-        for kind, stem in ((TransferRow, "transfers"), (ComputeRow, "compute"), (LinkRow, "links")):
+        for kind, stem in _STEMS.items():
             path = None if self.directory is None else self.directory / f"{stem}.parquet"
             if transfers:
                 self._tables[kind] = _Parquet(path, kind.SCHEMA)
@@ -374,16 +420,19 @@ class Recorder:
         """Keep one span of local work."""
         self._append(row)
 
+    def step(self, row: StepRow) -> None:
+        """Keep one step of a collective."""
+        self._append(row)
+
     def link(self, row: LinkRow) -> None:
         """Keep the history and the totals of one link, at the end of the run."""
         self._append(row)
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return what was kept in memory: tables ``transfers``, ``compute``, ``links``, or none."""
+        """Return what was kept in memory, by the names of the files, or nothing."""
         if self.directory is not None or not self._tables:
             return {}
-        names = {TransferRow: "transfers", ComputeRow: "compute", LinkRow: "links"}
-        return {names[kind]: table.table() for kind, table in self._tables.items()}
+        return {_STEMS[kind]: table.table() for kind, table in self._tables.items()}
 
     def _append(self, row: Any) -> None:
         if self._tables:

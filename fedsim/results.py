@@ -196,7 +196,7 @@ def _strategy(
 
 
 def _table_files(home: Path) -> dict[str, pa.Table | Path]:
-    paths = {stem: home / f"{stem}.parquet" for stem in ("transfers", "compute", "links")}
+    paths = {stem: home / f"{stem}.parquet" for stem in ("transfers", "compute", "steps", "links")}
     return {stem: path for stem, path in paths.items() if path.is_file()}
 
 

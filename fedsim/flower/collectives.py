@@ -9,6 +9,7 @@ from fedsim.errors import PayloadError
 from fedsim.flower.instructions import NODE_BASE, Collective, Exchange
 from fedsim.network.plan import Bucket, Plan, Report
 from fedsim.network.transfers import Network
+from fedsim.recorder import StepRow
 from topologies.attributes import Graph, servers_of
 from topologies.generators import star
 from topologies.overlap import FORWARD, buckets_of
@@ -16,7 +17,7 @@ from topologies.placement import COLLECTIVES, among
 from topologies.profiles import Profile, profile
 from topologies.schedules import Schedule, Step, step_of
 
-__all__ = ["Planner", "times_of"]
+__all__ = ["Planner", "steps_of", "times_of"]
 
 # Where some of the devices are gone, these give way to a collective that takes any number.
 _NEED_ALL = ("bml", "dimension_rings", "rotated_rings")
@@ -163,6 +164,22 @@ def _turned(step: Step, *, ahead: int, n: int) -> Step:
     return replace(
         step, source=(step.source + ahead) % n, destination=(step.destination + ahead) % n
     )
+
+
+def steps_of(report: Report) -> list[StepRow]:
+    """Return the steps of a collective as they are recorded."""
+    return [
+        StepRow(
+            round=report.round,
+            group=report.group,
+            collective=report.collective,
+            bucket=span.bucket,
+            step=span.step,
+            started=span.started,
+            finished=span.finished,
+        )
+        for span in report.spans
+    ]
 
 
 def times_of(reports: Sequence[Report]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from flwr.serverapp import Grid
 from fedsim.devices import DeviceFleet
 from fedsim.errors import NetworkError, NoNodesError, PayloadError, ScenarioError
 from fedsim.flower import compat
-from fedsim.flower.collectives import Planner
+from fedsim.flower.collectives import Planner, steps_of
 from fedsim.flower.instructions import (
     NODE_BASE,
     Exchange,
@@ -663,6 +663,9 @@ class NetworkGrid(Grid):
 
     def _note_collective(self, report: plan.Report) -> None:
         self._traffic.collectives.append(report)
+        if self.recorder is not None:
+            for row in steps_of(report):
+                self.recorder.step(row)
 
     def _arrive(self, trip: Trip) -> None:
         """Note that the reply is here, or can no longer come."""

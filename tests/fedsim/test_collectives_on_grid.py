@@ -6,6 +6,7 @@ from flwr.serverapp.strategy import FedAvg
 import topologies as tp
 from fedsim.errors import PayloadError
 from fedsim.flower.session import start
+from fedsim.recorder import Recorder
 from tests.fedsim.collective_worlds import (
     ALPHA,
     RATE,
@@ -210,3 +211,24 @@ def test_lines_of_the_record_have_the_parts_of_an_iteration():
     assert rows[0].extra == pytest.approx(
         {"compute_seconds": 6, "sync_seconds": 4 * unit, "exposed_seconds": 4 * unit}
     )
+
+
+def test_steps_and_messages_are_recorded():
+    world = collective_world(tp.bcube(3, 2, bandwidth=RATE))
+    with Recorder(None, "bml", transfers=True) as recorder:
+        world.grid.recorder = recorder
+        for number in (1, 2):
+            run(world, collective="bml", number=number, step_latency=ALPHA)
+        tables = recorder.tables()
+    steps = tables["steps"].to_pylist()
+    assert [(s["round"], s["bucket"], s["step"]) for s in steps] == [
+        (number, 0, step) for number in (1, 2) for step in range(4)
+    ]
+    assert {(s["group"], s["collective"]) for s in steps} == {("all", "bml(3,2)")}
+    assert steps[0]["started"] == 1.0
+    assert [s["started"] for s in steps[1:4]] == [s["finished"] for s in steps[:3]]
+    messages = tables["transfers"].to_pylist()
+    assert len(messages) == 2 * 144
+    assert {(m["kind"], m["outcome"]) for m in messages} == {("collective", "delivered")}
+    assert min(m["released"] for m in messages) == pytest.approx(1 + ALPHA)
+    assert tables["compute"].num_rows == 18
