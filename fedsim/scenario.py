@@ -480,6 +480,9 @@ class NetworkOptions(_Section):
     """Share of a link's rate that is payload: 0.9653 for TCP over 1500-byte packets."""
     fairness: Literal["maxmin", "rtt", "none"] = "maxmin"
     """How transfers share a link: equally; in inverse proportion to their latency; not at all."""
+    multipath: Literal["spray", "hash", "single"] = "spray"
+    """How a collective's messages use several equally short routes: split evenly over them; each
+    pair of devices one, drawn by a hash; always the first."""
     late: Literal["finish", "cancel"] = "finish"
     """What becomes of messages on their way when a round times out."""
     failures: list[FailureEntry] = Field(default_factory=list)

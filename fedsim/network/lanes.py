@@ -2,7 +2,8 @@
 
 Decision: as in `topologies.routing`, a message is split evenly over the shortest paths of a graph
 (over the rotations of the digits on BCube), since a collective's messages are made of many packets
-and its users have machine rooms in mind. What else travels takes one shortest route.
+and its users have machine rooms in mind; `TransferOptions.multipath` says otherwise. What else
+travels takes one shortest route.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -15,7 +16,7 @@ from fedsim.errors import NetworkError
 from fedsim.network.plan import Plan
 from fedsim.network.transfers import Network
 from topologies.attributes import Graph
-from topologies.routing import Router
+from topologies.routing import Mode, Router
 
 __all__ = ["Lanes", "Script", "Shares"]
 
@@ -35,7 +36,10 @@ class Lanes:
         self._network = network
         self._router: Router | None = None
         if network.graph is not None:
-            self._router = Router(cast(Graph, network.graph), weight="latency")
+            multipath = network.options.multipath
+            mode: Mode = "auto" if multipath == "spray" else multipath
+            graph = cast(Graph, network.graph)
+            self._router = Router(graph, mode=mode, weight="latency", seed=network.seed)
             self._around = lru_cache(maxsize=4)(self._router.without)
             self._links = self._ids(self._router)
 

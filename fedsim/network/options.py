@@ -69,6 +69,9 @@ class TransferOptions:
     fairness : {"maxmin", "rtt", "none"}
         How payloads share a link: equally (times their weight); in inverse proportion to the
         latency of their routes, as TCP Reno approximates; not at all (each as if it were alone).
+    multipath : {"spray", "hash", "single"}
+        How a collective's messages use several equally short routes: split evenly over them; one
+        for each pair of nodes, drawn by a hash; always the first. What else travels takes one.
     """
 
     message_loss: float = 0.0
@@ -86,6 +89,7 @@ class TransferOptions:
     startup: Literal["none", "slow_start"] = "none"
     window_bytes: Size | None = None
     fairness: Literal["maxmin", "rtt", "none"] = "maxmin"
+    multipath: Literal["spray", "hash", "single"] = "spray"
 
     def __post_init__(self) -> None:
         choices = {
@@ -93,6 +97,7 @@ class TransferOptions:
             "link_down": ("stall", "fail", "reroute"),
             "startup": ("none", "slow_start"),
             "fairness": ("maxmin", "rtt", "none"),
+            "multipath": ("spray", "hash", "single"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:

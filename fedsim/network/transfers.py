@@ -253,6 +253,7 @@ class Network:
     Attributes
     ----------
     env : simpy.Environment
+    seed : int
     options : TransferOptions
     server : int or None
         Node id of the server.
@@ -278,6 +279,7 @@ class Network:
     ) -> None:
         table.check(wiring.name)
         self.env = env
+        self.seed = seed
         self.options = options or TransferOptions()
         self.server = wiring.server
         self.n_nodes = wiring.n_nodes

@@ -1,12 +1,16 @@
 """Collectives on the grid: times of the what-if studies, barriers, failures, wrong input."""
 
+import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import topologies as tp
 from fedsim.errors import PayloadError
 from fedsim.flower.session import start
 from fedsim.recorder import Recorder
+from fedsim.whatif import time_schedule
 from tests.fedsim.collective_worlds import (
     ALPHA,
     RATE,
@@ -54,6 +58,27 @@ def test_times_are_those_of_whatif(graph, barrier):
         assert world.grid.now == pytest.approx(1 + seconds, rel=1e-9)
         assert (report.compute, report.exposed) == (1.0, pytest.approx(seconds, rel=1e-9))
         assert len(replies) == len(world.grid.fleet)
+
+
+@settings(max_examples=20)
+@given(
+    st.integers(2, 6),
+    st.integers(0, 100),
+    st.sampled_from(["ring", "ps_colocated", "halving_doubling", "binomial_tree"]),
+    st.sampled_from(["global", "local"]),
+)
+def test_times_are_those_of_whatif_with_unequal_links_and_devices(devices, seed, name, barrier):
+    graph = tp.random_geometric(devices, 0.8, connected=True, seed=seed, bandwidth=RATE)
+    rng = np.random.default_rng(seed)
+    for _, _, data in graph.edges(data=True):
+        data["bandwidth"] = float(rng.uniform(0.1, 1.0) * RATE)
+    work = 1 + 5e-3 * rng.random(devices)
+    with flower_identity(0):
+        world = collective_world(graph, speed=4 / work)
+        _, (report,) = run(world, collective=name, step_latency=ALPHA, barrier=barrier)
+    seconds = expected(graph, name, engine="fluid", barrier=barrier, start=work)
+    assert report.finished == pytest.approx(work.min() + seconds, rel=1e-9)
+    assert report.compute == pytest.approx(work.max())
 
 
 def test_replies_of_a_global_barrier_come_together_and_say_who_is_in_the_sum():
@@ -232,3 +257,30 @@ def test_steps_and_messages_are_recorded():
     assert {(m["kind"], m["outcome"]) for m in messages} == {("collective", "delivered")}
     assert min(m["released"] for m in messages) == pytest.approx(1 + ALPHA)
     assert tables["compute"].num_rows == 18
+
+
+@pytest.mark.parametrize("multipath", ["hash", "single"])
+def test_hashed_and_single_routes_are_those_of_the_study(multipath):
+    graph = tp.fat_tree(4, bandwidth=RATE)
+    for seed in (1, 2):
+        world = collective_world(graph, seed=seed, network_options={"multipath": multipath})
+        _, (report,) = run(world, collective="ps_colocated")
+        router = tp.Router(graph, mode=multipath, seed=seed)
+        plan = tp.LoadPlan(tp.ps_colocated_schedule(graph), router)
+        study = time_schedule(plan, SIZE, engine="fluid").seconds
+        assert report.sync == pytest.approx(study, rel=1e-9)
+        assert report.sync > 1.1 * 15 / 8 * SIZE * 8 / RATE
+
+
+def test_bar_8_hashing_costs_a_parameter_server_a_third_and_a_ring_nothing():
+    graph = tp.fat_tree(4, bandwidth=RATE)
+    unit = SIZE * 8 / RATE
+    means = {}
+    for name, n_draws in (("ps_colocated", 12), ("ring", 2)):
+        times = []
+        for seed in range(n_draws):
+            world = collective_world(graph, seed=seed, network_options={"multipath": "hash"})
+            times.append(run(world, collective=name)[1][0].sync / unit)
+        means[name] = np.mean(times)
+    assert means["ps_colocated"] == pytest.approx(2.47, rel=0.05)
+    assert means["ring"] == pytest.approx(1.875)
