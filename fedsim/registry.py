@@ -103,11 +103,13 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "krum": "strategies.linear:Krum",
             "mudag": "strategies.accelerated:Mudag",
             "multikrum": "strategies.linear:MultiKrum",
+            "oort": "strategies.selection:Oort",
             "push_diging": "strategies.push_sum:PushDIGing",
             "qfedavg": "strategies.linear:QFedAvg",
             "scaffold": "strategies.drift:SCAFFOLD",
             "sgp": "strategies.push_sum:SGP",
             "swarm_sgd": "strategies.pairwise:SwarmSGD",
+            "tifl": "strategies.selection:TiFL",
         },
         "compressor": {
             "cast": "strategies.compression:Cast",
