@@ -28,7 +28,8 @@ ARGUMENTS = {
     "FedProx": {"proximal_mu": 0.1},
     "FedAvgM": {"server_momentum": 0.5},
     "QFedAvg": {"client_learning_rate": 0.3},
-    "FedAdagrad": {"eta": 0.3},
+    # Its first steps multiply rounding by eta / tau: with Flower's tau by hundreds.
+    "FedAdagrad": {"eta": 0.3, "tau": 0.02},
     "Krum": {"num_malicious_nodes": 1},
     "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 5},
     "Bulyan": {"num_malicious_nodes": 1},
