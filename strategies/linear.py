@@ -138,10 +138,9 @@ def accepted(
         return [], torch.empty(0, dtype=torch.float64)
     contents = [message.content for message in valid]
     _validate(contents, strategy.weighted_by_key)
-    weights = torch.tensor(
-        [_examples(content, strategy.weighted_by_key) for content in contents],
-        dtype=torch.float64,
-    )
+    metrics = [_metrics(content) for content in contents]
+    examples = [float(record[strategy.weighted_by_key]) for record in metrics]  # type: ignore[arg-type]
+    weights = torch.tensor(examples, dtype=torch.float64)
     if not weights.any():
         raise ZeroDivisionError(f"every reply's {strategy.weighted_by_key!r} is 0")
     return valid, weights / weights.sum()
@@ -151,7 +150,7 @@ def metrics_of(strategy: flower.FedAvg, valid: Sequence[Message]) -> MetricRecor
     """Return the metrics of replies, aggregated as the strategy says."""
     contents = [message.content for message in valid]
     if strategy.train_metrics_aggr_fn is aggregate_metricrecords:
-        return _mean_metrics(contents, strategy.weighted_by_key)
+        return _mean_metrics([_metrics(content) for content in contents], strategy.weighted_by_key)
     return strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
 
 
@@ -160,9 +159,8 @@ def plain_record(model: Mapping[str, torch.Tensor]) -> ArrayRecord:
     return ArrayRecord({key: Array(np.asarray(v.cpu().numpy())) for key, v in model.items()})
 
 
-def _mean_metrics(contents: Sequence[RecordDict], weighted_by_key: str) -> MetricRecord:
+def _mean_metrics(records: Sequence[MetricRecord], weighted_by_key: str) -> MetricRecord:
     """Return what Flower's default does, the weighted mean of each metric, in one product."""
-    records = [_metrics(content) for content in contents]
     weights = np.array([record[weighted_by_key] for record in records], np.float64)
     weights /= weights.sum()
     means = MetricRecord()
@@ -193,11 +191,7 @@ def _validate(contents: Sequence[RecordDict], weighted_by_key: str) -> None:
 def _structure(content: RecordDict) -> list[tuple[str, type, tuple[str, ...]]]:
     """Return the names, types and keys of the arrays and metrics in a reply."""
     records = content.items()
-    return [(n, type(r), tuple(r)) for n, r in records if not isinstance(r, ConfigRecord)]
-
-
-def _examples(content: RecordDict, key: str) -> float:
-    return float(_metrics(content)[key])  # type: ignore[arg-type]
+    return [(n, type(r), tuple(r.keys())) for n, r in records if not isinstance(r, ConfigRecord)]
 
 
 def _metrics(content: RecordDict) -> MetricRecord:

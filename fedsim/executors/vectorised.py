@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from fedsim.errors import PayloadError
 from fedsim.executors.halves import DeviceHalf, HalvesOfDevices
 from fedsim.flower import compat
-from fedsim.flower.instructions import WorkPlan, round_of, wants_steps
+from fedsim.flower.instructions import WorkPlan, round_of, server_round, wants_steps
 from fedsim.flower.records import payload_bytes, stack_records, stacked_record
 from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.trainer import Trainer
@@ -56,6 +56,7 @@ class VectorisedExecutor:
         self._trainer = trainer
         self._plan = plan
         self._node_base = node_base
+        self._weighed: tuple[RecordDict | None, int] = None, 0
         self._halves = None
         if halves:
             place = trainer.stack.device
@@ -66,9 +67,14 @@ class VectorisedExecutor:
 
         None if a half decides what is sent.
         """
-        if message.metadata.message_type.startswith("train"):
-            return payload_bytes(message.content) if self._halves is None else None
-        return 0
+        if not message.metadata.message_type.startswith("train"):
+            return 0
+        if self._halves is not None:
+            return None
+        content = message.content
+        if self._weighed[0] is not content:  # the messages of a round share one
+            self._weighed = content, payload_bytes(content)
+        return self._weighed[1]
 
     def can_compute(self, message: Message) -> bool:
         """Return whether the state of the message's device is known."""
@@ -94,10 +100,7 @@ class VectorisedExecutor:
             contents = work(messages, devices)
         else:
             contents = self._halves.around(work, messages, devices)
-        return [
-            Message(content, reply_to=message)
-            for content, message in zip(contents, messages, strict=True)
-        ]
+        return compat.replies_to(messages, contents)
 
 
 def train_or_evaluate(
@@ -156,22 +159,25 @@ def train_or_evaluate(
 
 def _bases(trainer: Trainer, batch: Sequence[Message]) -> tuple[torch.Tensor, np.ndarray]:
     """Return the distinct models sent (V, P), and which of them each message carries."""
-    row_of: dict[int, int] = {}
+    row_of: dict[int, int] = {}  # by content, and by its arrays
     records: list[ArrayRecord] = []
-    rows = np.empty(len(batch), np.int64)
-    for i, message in enumerate(batch):
-        record = _arrays_of(message.content)
-        if id(record) not in row_of:
-            row_of[id(record)] = len(records)
-            records.append(record)
-        rows[i] = row_of[id(record)]
+    rows = []
+    for message in batch:
+        content = message.content
+        if id(content) not in row_of:
+            record = _arrays_of(content)
+            if id(record) not in row_of:
+                row_of[id(record)] = len(records)
+                records.append(record)
+            row_of[id(content)] = row_of[id(record)]
+        rows.append(row_of[id(content)])
     layout = trainer.layout
     for record in records:
         if list(record) != list(layout.names):
             raise PayloadError(
                 f"a message carries the arrays {list(record)}, the model has {list(layout.names)}"
             )
-    return layout.flatten(stack_records(records)), rows
+    return layout.flatten(stack_records(records)), np.array(rows, np.int64)
 
 
 def _arrays_of(content: RecordDict) -> ArrayRecord:
@@ -190,7 +196,7 @@ def _train(
     config: LocalConfig,
     terms: LocalTerms,
 ) -> list[RecordDict]:
-    rounds = np.array([round_of(message) for message in batch], np.int64)
+    rounds = _rounds(batch)
     result = trainer.train(base, rows, who, rounds, config, terms=terms)
     assert result.params is not None
     stacks = trainer.layout.views(result.params)
@@ -204,6 +210,19 @@ def _train(
         records = {name: stacked_record(stacks, i), "metrics": metrics}
         contents.append(compat.fill(RecordDict(), records))
     return contents
+
+
+def _rounds(batch: Sequence[Message]) -> np.ndarray:
+    """Return the round of each message; those that share a content mostly share it too."""
+    named: dict[int, int | None] = {}
+    rounds = []
+    for message in batch:
+        content = message.content
+        if id(content) not in named:
+            named[id(content)] = None if server_round(content) is None else round_of(message)
+        number = named[id(content)]
+        rounds.append(round_of(message) if number is None else number)
+    return np.array(rounds, np.int64)
 
 
 def _evaluate(

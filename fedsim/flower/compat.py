@@ -10,12 +10,14 @@ name                       needed because
 ``ErrorCode``              an error reply carries one of its numbers
 ``strategy_utils.sleep``   `sample_nodes` waits for nodes with it, in wall time
 ``Metadata._message_id``   a grid sets it; there is no public setter
+``Metadata.__dict__``      a hundred replies are made of a first one: the constructor reads the
+                           clock and checks each argument, which costs more than local training
 ``TypedDict._data``        a record checks each value as it is set, which costs more than
                            simulating the message; values made here need no check
 =========================  =========================================================
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import ERROR, INFO, getLogger
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
+    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -49,6 +52,7 @@ __all__ = [
     "identity",
     "patched_sleep",
     "quiet_flower",
+    "replies_to",
     "set_message_id",
 ]
 
@@ -58,6 +62,16 @@ NODE_UNAVAILABLE = int(ErrorCode.NODE_UNAVAILABLE)
 
 RecordT = TypeVar("RecordT", bound=ArrayRecord | ConfigRecord | MetricRecord | RecordDict)
 
+_REPLY_TO = {
+    "_run_id": "_run_id",
+    "_src_node_id": "_dst_node_id",
+    "_dst_node_id": "_src_node_id",
+    "_reply_to_message_id": "_message_id",
+    "_group_id": "_group_id",
+    "_message_type": "_message_type",
+    "_src_task_id": "_dst_task_id",
+    "_dst_task_id": "_src_task_id",
+}  # what a reply takes from which field of its instruction
 _IDENTITY_FIELDS = ("_run_id", "_node_id", "_task_id")
 
 
@@ -82,6 +96,27 @@ def quiet_flower(*, verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def replies_to(messages: Sequence[Message], contents: Sequence[RecordDict]) -> list[Message]:
+    """Return ``Message(content, reply_to=message)`` for each message."""
+    replies: list[Message] = []
+    first: dict[str, Any] = {}
+    swapped: list[tuple[str, str]] = []
+    ttl = None
+    for message, content in zip(messages, contents, strict=True):
+        asked = message.metadata.__dict__
+        if not replies or asked["_ttl"] != ttl:
+            replies.append(Message(content, reply_to=message))
+            first, ttl = replies[-1].metadata.__dict__, asked["_ttl"]
+            swapped = [(to, of) for to, of in _REPLY_TO.items() if to in first]
+            continue
+        metadata, reply = Metadata.__new__(Metadata), Message.__new__(Message)
+        metadata.__dict__.update(first)
+        metadata.__dict__.update([(to, asked[of]) for to, of in swapped])
+        reply.__dict__.update(_metadata=metadata, _content=content, _error=None)
+        replies.append(reply)
+    return replies
 
 
 def set_message_id(message: Message, message_id: str) -> None:

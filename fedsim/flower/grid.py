@@ -33,7 +33,6 @@ from fedsim.flower.instructions import (
     Exchange,
     WorkPlan,
     read_exchange,
-    round_of,
     server_round,
 )
 from fedsim.flower.peers import PeerGraph, agreed_manners, check_node, group, peers_of, received
@@ -337,11 +336,14 @@ class NetworkGrid(Grid):
         if len({id(message) for message in batch}) < len(batch):
             raise PayloadError("the same Message is twice in one push; build one for each node")
         cargoes: dict[int, _Cargo] = {}
+        loads: list[_Cargo] = []
+        n_devices = len(self.fleet)
         for message in batch:
-            check_node(message.metadata.dst_node_id, len(self.fleet))
-            if id(message.content) not in cargoes:
-                cargoes[id(message.content)] = self._load(message.content)
-        loads = [cargoes[id(message.content)] for message in batch]
+            check_node(message.metadata.dst_node_id, n_devices)
+            content = message.content
+            if id(content) not in cargoes:
+                cargoes[id(content)] = self._load(content)
+            loads.append(cargoes[id(content)])
         peers = [self._peers_of(m, load) for m, load in zip(batch, loads, strict=True)]
         manners = agreed_manners([(load.round, load.exchange) for load in loads])
         groups = self._planner.groups(
@@ -497,8 +499,8 @@ class NetworkGrid(Grid):
 
     def _peers_of(self, message: Message, cargo: _Cargo) -> list[int] | None:
         """Return the devices that a message's device may send to; None: it does not say."""
-        node_id = message.metadata.dst_node_id
         if cargo.exchange.kind == "neighbours":
+            node_id = message.metadata.dst_node_id
             return peers_of(node_id, cargo.exchange, cargo.round, self._peers, len(self.fleet))
         if cargo.exchange.kind == "collective":
             return None
@@ -523,7 +525,7 @@ class NetworkGrid(Grid):
             device=device,
             kind=meta.message_type,
             pushed=self.env.now,
-            round=round_of(message) % ROUNDS,
+            round=(self._n_pushed if cargo.round is None else cargo.round) % ROUNDS,
             samples=self._work.samples(message, cargo.config, device),
             exchange=cargo.exchange.kind,
         )
@@ -544,7 +546,7 @@ class NetworkGrid(Grid):
             self._expiries[message_id] = expires
         if self.trips is not None:
             self.trips.append(trip)
-        if _is_train(message):
+        if _is_train_type(trip.kind):
             self._traffic.selected.add(device)
         return flight
 
@@ -845,7 +847,7 @@ class NetworkGrid(Grid):
             if _is_train_type(trip.kind):
                 self._traffic.replied.add(trip.device)
                 noted = self._traffic.train
-            noted.append((trip.device, dict(metrics)))
+            noted.append((trip.device, dict(metrics.items())))
         delivery: dict[str, Any] = {
             "sent_bytes": trip.bytes_up,
             "received_bytes": trip.bytes_down,
@@ -876,25 +878,29 @@ class NetworkGrid(Grid):
         self._neighbours.settle()
         self._collectives.memory.quiet_until = self._quiet_until(ids, deadline, needed)
         expiry = self._next_expiry()
-        while self._needed > 0 and min(time := env.peek(), expiry) <= deadline:
+        while self._needed > 0:
+            time = env.peek()
+            if time <= deadline and time <= expiry and time < math.inf:
+                env.step()
+                continue
+            if min(time, expiry) > deadline:
+                break
             if time > expiry:
                 if env.now < expiry:
                     env.run(until=expiry)
                 self._expire()
                 expiry = self._next_expiry()
                 continue
-            if math.isinf(time) and self._neighbours.give_up():
+            if self._neighbours.give_up():
                 continue
-            if math.isinf(time):
-                why = self.network.why_stalled() or "no event is left in virtual time"
-                if place := self._collectives.why_stuck():
-                    why = f"{place}; {why}"
-                n_open = sum(i in self._flights and i not in self._ready for i in ids)
-                raise NetworkError(
-                    f"{n_open} message(s) can never be delivered: {why}. Set "
-                    "round_timeout to go on without them."
-                )
-            env.step()
+            why = self.network.why_stalled() or "no event is left in virtual time"
+            if place := self._collectives.why_stuck():
+                why = f"{place}; {why}"
+            n_open = sum(i in self._flights and i not in self._ready for i in ids)
+            raise NetworkError(
+                f"{n_open} message(s) can never be delivered: {why}. Set "
+                "round_timeout to go on without them."
+            )
         if self._needed > 0 and env.now < deadline:
             env.run(until=deadline)
         self._waiting = frozenset()

@@ -65,14 +65,18 @@ class LazyArray(Array):
     def __init__(self, stack: torch.Tensor | NDArray[Any], row: int | None = None) -> None:
         if isinstance(stack, np.ndarray):
             stack = torch.from_numpy(stack)
-        fields = self.__dict__  # past Array.__setattr__, whose bookkeeping needs `data`
-        fields["stack"] = None if row is None else stack
-        fields["row"] = row
-        fields["_value"] = stack if row is None else None
-        fields["_bytes"] = None
-        fields["dtype"] = str(stack.dtype).removeprefix("torch.")
-        fields["shape"] = tuple(stack.shape if row is None else stack.shape[1:])
-        fields["stype"] = "numpy.ndarray"
+        self._set(stack, row, tuple(stack.shape if row is None else stack.shape[1:]))
+
+    def _set(self, stack: torch.Tensor, row: int | None, shape: tuple[int, ...]) -> None:
+        self.__dict__.update(  # past Array.__setattr__, whose bookkeeping needs `data`
+            stack=None if row is None else stack,
+            row=row,
+            _value=stack if row is None else None,
+            _bytes=None,
+            dtype=_name_of(stack.dtype),
+            shape=shape,
+            stype="numpy.ndarray",
+        )
 
     def tensor(self) -> torch.Tensor:
         """Return the values as a tensor that shares memory with them: do not write to it."""
@@ -168,6 +172,11 @@ class LazyArrayRecord(ArrayRecord):
 
     def __reduce__(self) -> tuple[type[ArrayRecord], tuple[dict[str, Array]]]:
         return ArrayRecord, ({key: Array(array.numpy()) for key, array in self.items()},)
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @cache

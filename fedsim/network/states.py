@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import NetworkError
 from fedsim.network.failures import Failure, is_within, next_edge, windows
-from fedsim.network.links import UP, LinkEnds, LinkHistory, LinkModel, RoundHistory
+from fedsim.network.links import UP, Constant, LinkEnds, LinkHistory, LinkModel, RoundHistory
 from fedsim.network.wiring import LinkTable, Wiring
 
 __all__ = ["LinkStates"]
@@ -41,7 +41,7 @@ class LinkStates:
         seed: int,
     ) -> None:
         self._wiring = wiring
-        self._model = link_model
+        self._model = link_model = None if type(link_model) is Constant else link_model
         self._seed = seed
         self._bandwidth = table.bandwidth_bps
         self._loss = table.loss

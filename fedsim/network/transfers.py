@@ -910,8 +910,9 @@ class Network:
         """Make sure to be called: at the end of this instant, or when something happens next."""
         if self._fluid.is_dirty:
             self._clock.call_at_end()
-        else:
-            self._clock.wake_at(min(self._fluid.next_completion(), self._clock.next_time()))
+            return
+        completion, other = self._fluid.next_completion(), self._clock.next_time()
+        self._clock.wake_at(completion if completion < other else other)
 
     def _on_due(self, now: float) -> None:
         for flow in self._fluid.finished(now):

@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedsim.flower import records
+from fedsim.flower import compat, records
 from fedsim.flower.records import LazyArray, LazyArrayRecord
 
 
@@ -172,3 +172,27 @@ def test_rows_are_copied_out_of_a_stack_that_is_hardly_used():
     assert held[1]["w"].stack is held[2]["w"].stack
     assert held[1]["w"].stack.shape == (2, 2)
     assert [record["w"].numpy().tolist() for record in held] == [[0, 1], [6, 7], [10, 11]]
+
+
+def test_replies_made_together_are_those_made_one_by_one():
+    with compat.identity():
+        asked = [
+            Message(RecordDict(), node, "train.more", group_id=str(node), ttl=ttl)
+            for node, ttl in ((1001, None), (1002, None), (1003, 5.0), (1004, 5.0))
+        ]
+        for message in asked:
+            compat.set_message_id(message, f"m{message.metadata.dst_node_id}")
+        contents = [RecordDict() for _ in asked]
+        replies = compat.replies_to(asked, contents)
+        for message, content, reply in zip(asked, contents, replies, strict=True):
+            alone = Message(content, reply_to=message)
+            assert reply.content is content
+            assert not reply.has_error()
+            assert vars(reply).keys() == vars(alone).keys()
+            mine, other = (
+                {k: v for k, v in vars(m.metadata).items() if k not in ("_created_at", "_ttl")}
+                for m in (reply, alone)
+            )
+            assert mine == other
+            assert reply.metadata.ttl == pytest.approx(alone.metadata.ttl, abs=1.0)
+    assert len({id(reply.metadata) for reply in replies}) == len(replies)
