@@ -18,6 +18,7 @@ from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.grid import NODE_BASE, Executor
 from fedsim.flower.instructions import WorkPlan, training_config
 from fedsim.learning.attacks import Attacks
+from fedsim.learning.shares import trainer_on
 from fedsim.learning.trainer import Trainer
 from fedsim.scenario import FlowerExecution, RayExecution, Scenario, Spec
 
@@ -49,7 +50,7 @@ def make_trainer(
     made = registry.build("executor", execution.spec())
     options |= {key: value for key, value in asdict(made).items() if key in _ENGINE}
     if not isinstance(made, RayExecution):
-        return Trainer(module, data, **options)
+        return trainer_on(module, data, **options)
     crew.check(execution.kind)
     return RayTrainer(module, data, crew=crew, wanted=_wanted(made), **options)
 

@@ -210,7 +210,9 @@ def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:
         if common is not None and len(rows) == len(arrays):
             stacks[key] = common.index_select(0, torch.tensor(rows, device=common.device))
         else:
-            stacks[key] = torch.stack([_tensor(array) for array in arrays])
+            rows_of_all = [_tensor(array) for array in arrays]
+            place = next((t.device for t in rows_of_all if t.device.type != "cpu"), None)
+            stacks[key] = torch.stack([t.to(place) if place else t for t in rows_of_all])
     return stacks
 
 

@@ -2,28 +2,32 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsim.data.federated import DeviceData
 from fedsim.errors import ScenarioError
 from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.layout import Layout
-from fedsim.learning.trainer import LocalResult, Trainer
+from fedsim.learning.trainer import Collect, LocalResult, Trainer
 
 __all__ = [
     "RunningMean",
+    "SharedTrainer",
     "local_columns",
     "shares_of",
     "train_shares",
+    "trainer_on",
     "with_own_columns",
 ]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+_NO_TERMS = LocalTerms()
 
 
 def local_columns(
@@ -139,9 +143,12 @@ def train_shares(
 
     def work(trainer: Trainer, rows: IntArray) -> LocalResult:
         part = terms.part(torch.from_numpy(rows))
-        return trainer.train(base, base_rows[rows], devices[rows], rounds[rows], config, terms=part)
+        return Trainer.train(
+            trainer, base, base_rows[rows], devices[rows], rounds[rows], config, terms=part
+        )
 
-    with ThreadPoolExecutor(len(shares)) as pool:
+    # What `arithmetic` sets is the process's: set it around all threads, which set the same.
+    with trainers[0].stack.arithmetic(), ThreadPoolExecutor(len(shares)) as pool:
         results = list(pool.map(work, trainers[: len(shares)], shares))
     back = np.argsort(np.concatenate(shares))
     home = trainers[0].stack.device
@@ -158,3 +165,54 @@ def shares_of(work: IntArray, n: int) -> list[IntArray]:
     """Return at most `n` shares of nearly equal work, as rows: dealt out from the largest on."""
     order = np.argsort(-work, kind="stable")
     return [order[i::n] for i in range(min(n, len(order)))]
+
+
+class SharedTrainer(Trainer):
+    """A trainer that spreads the devices of a call over several GPUs.
+
+    Parameters
+    ----------
+    module, data, **options
+        See `Trainer`.
+    places : sequence of str
+        The GPUs; results and everything but training are on the first.
+    """
+
+    def __init__(
+        self, module: nn.Module, data: DeviceData, *, places: Sequence[str], **options: Any
+    ) -> None:
+        super().__init__(module, data, device=places[0], **options)
+        self._others = [Trainer(module, data, device=place, **options) for place in places[1:]]
+
+    def train(
+        self,
+        base: Tensor,
+        base_rows: IntArray,
+        devices: IntArray,
+        rounds: IntArray,
+        config: LocalConfig,
+        *,
+        terms: LocalTerms = _NO_TERMS,
+        collect: Collect | None = None,
+    ) -> LocalResult:
+        """See `Trainer.train`; chunks that are collected are all computed on the first GPU."""
+        call = base, base_rows, devices, rounds, config
+        if collect is not None or len(devices) < 2:
+            return super().train(*call, terms=terms, collect=collect)
+        return train_shares([self, *self._others], *call, terms=terms)
+
+
+def trainer_on(module: nn.Module, data: DeviceData, *, device: str, **options: Any) -> Trainer:
+    """Return a trainer on a device; ``cuda`` and ``auto`` take all GPUs, ``cuda:N`` one.
+
+    Parameters
+    ----------
+    module, data, **options
+        See `Trainer`.
+    device : str
+    """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device in ("cuda", "auto") and n_gpus > 1:
+        places = [f"cuda:{i}" for i in range(n_gpus)]
+        return SharedTrainer(module, data, places=places, **options)
+    return Trainer(module, data, device=device, **options)

@@ -27,11 +27,12 @@ from fedsim.learning.kernels import Batch, Kernel, LinearKernel, VmapKernel
 from fedsim.learning.layout import Layout
 from fedsim.learning.linear import linear_layers
 from fedsim.learning.losses import Loss, loss_of
+from fedsim.learning.memory import check_room, free_bytes
 from fedsim.learning.optimizers import Updater
 from fedsim.learning.stack import ModelStack, Precision, torch_device
 from fedsim.streams import bits
 
-__all__ = ["LocalResult", "Trainer"]
+__all__ = ["Collect", "LocalResult", "Trainer"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -233,12 +234,18 @@ class Trainer:
             If shapes do not fit together, a module cannot be mapped and `engine` is ``"vmap"``,
             or one device alone does not fit into the GPU's memory.
         """
-        work = self._plan(base, base_rows, devices, rounds, config, terms)
+        try:
+            work = self._plan(base, base_rows, devices, rounds, config, terms)
+        except torch.OutOfMemoryError as error:
+            raise ScenarioError(
+                f"device: the data and the models sent do not fit into {self.stack.device}"
+            ) from error
         k = len(devices)
         loss = np.empty(k)
         order = np.lexsort((-work.size, -work.steps))
         params = None
         if collect is None:
+            check_room(self.stack.device, k * self.layout.size * work.base.dtype.itemsize, k)
             params = torch.empty(
                 (k, self.layout.size), dtype=work.base.dtype, device=work.base.device
             )
@@ -256,6 +263,8 @@ class Trainer:
                     raise ScenarioError(
                         f"device: the training of one device does not fit into {self.stack.device}"
                     ) from error
+            if limit < len(rows):  # the frames that held the chunk are gone by now
+                torch.cuda.empty_cache()
                 continue
             loss[rows] = losses
             if self.attacks is not None:
@@ -344,7 +353,8 @@ class Trainer:
 
         Past about 16 MB for one stacked tensor the C library maps and clears its memory anew at
         each step, which costs more than batching gains. The hand-batched kernel makes so few
-        passes that it pays to keep all of a chunk's weights in the second-level cache. A GPU takes
+        passes that it pays to keep a chunk's weights small: of 6 to 16 MB, the best depends on the
+        processor and on its load (benchmarks/learning.py chunks). A GPU takes
         what fits: weights, gradients, optimiser state, and three times the largest activation for
         each layer.
         """
@@ -354,11 +364,10 @@ class Trainer:
         activation = self.stack.largest_activation * int(work.batch[row]) * itemsize
         weights = self.layout.size * itemsize
         if self.stack.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.stack.device).total_memory
             one = 6 * weights + 3 * len(self.layout.parameters) * activation
-            return _clamp(memory // 2 // one, 1, 16_384)
+            return _clamp(int(0.8 * free_bytes(self.stack.device)) // one, 1, 16_384)
         if isinstance(kernel, LinearKernel):
-            return _clamp(min(4_000_000 // weights, 16_000_000 // activation), 4, 2048)
+            return _clamp(min(8_000_000 // weights, 16_000_000 // activation), 4, 2048)
         largest = max(max(self.layout.numel) * itemsize, activation)
         return _clamp(16_000_000 // largest, 8, 2048)
 
@@ -421,6 +430,7 @@ class Trainer:
     def _run_stacked(
         self, kernel: Kernel, work: _Work, rows: IntArray
     ) -> tuple[Tensor, FloatArray]:
+        """Train a chunk; between the copies here and the last line a GPU is never waited for."""
         stack, config, device = self.stack, work.config, self.stack.device
         batches = self._batches(work, rows)
         versions = work.base_rows[rows]
@@ -433,7 +443,7 @@ class Trainer:
         index = torch.from_numpy(batches.index).to(device)
         weights = torch.from_numpy(batches.weight).to(device, stack.dtype)
         labels = work.y.index_select(0, index)
-        keys = self._keys(work, rows, len(batches.active))
+        keys = self._keys(work, rows, len(batches.active)).to(device)
         extra = {n: v[torch.from_numpy(rows)].to(device) for n, v in work.terms.rows.items()}
         losses = torch.zeros(len(rows), dtype=stack.dtype, device=device)
         width = batches.width
@@ -458,15 +468,15 @@ class Trainer:
                     updater.step(k, grads)
             losses[:k] += step_losses
         matrix = stack.gradient_matrix(grads) if is_gradient else stack.matrix(state)
-        return matrix, losses.double().cpu().numpy() / work.steps[rows]
+        return matrix, _numbers(losses) / work.steps[rows]
 
     def _run_loop(self, work: _Work, rows: IntArray) -> tuple[Tensor, FloatArray]:
         """Train device after device with the plain module: the reference of all that is batched."""
         batches = self._batches(work, rows)
         index = torch.from_numpy(batches.index).to(self.stack.device)
-        keys = self._keys(work, rows, len(batches.active))
+        seeds = self._keys(work, rows, len(batches.active))
         matrix = work.base.new_empty((len(rows), self.layout.size))
-        losses = np.empty(len(rows))
+        losses = work.base.new_empty(len(rows), dtype=torch.float64)
         self.stack.module.train()
         first_block = batches.offset // batches.width
         with _own_generator(self.stack.device):
@@ -476,13 +486,13 @@ class Trainer:
                     index[b * batches.width : b * batches.width + n]
                     for b, n in zip(blocks.tolist(), batches.count[blocks].tolist(), strict=True)
                 ]
-                matrix[i], losses[i] = self._train_one(work, rows[i : i + 1], chosen, keys[:, i])
+                matrix[i], losses[i] = self._train_one(work, rows[i : i + 1], chosen, seeds[:, i])
         self.stack.release()
-        return matrix, losses
+        return matrix, _numbers(losses)
 
     def _train_one(
-        self, work: _Work, one: IntArray, batches: list[Tensor], keys: Tensor
-    ) -> tuple[Tensor, float]:
+        self, work: _Work, one: IntArray, batches: list[Tensor], seeds: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Train one device on these batches of rows; return its model and mean loss."""
         stack, config = self.stack, work.config
         state = stack.gather(work.base, work.base_rows[one])
@@ -492,10 +502,11 @@ class Trainer:
         extra = {name: value[one[0]] for name, value in work.terms.rows.items()}
         losses = []
         needs_keys = True
-        for chosen, key in zip(batches, keys, strict=False):
+        keys = seeds.to(stack.device)
+        for chosen, key, number in zip(batches, keys, seeds.tolist(), strict=False):
             x = stack.inputs(work.x.index_select(0, chosen))
             y = work.y.index_select(0, chosen)
-            _seed(stack.device, int(key))  # for what draws without `KeyedLayers`
+            _seed(stack.device, number)  # for what draws without `KeyedLayers`
             with torch.enable_grad():
                 if needs_keys:
                     with KeyedLayers(key, None) as layers:
@@ -512,9 +523,9 @@ class Trainer:
             grads = [g.unsqueeze(0) for g in found]
             losses.append(loss.detach())
             if config.mode == "gradient":
-                return stack.gradient_matrix(grads)[0], float(loss)
+                return stack.gradient_matrix(grads)[0], loss.detach().double()
             updater.step(1, grads)
-        return stack.matrix(state)[0], float(torch.stack(losses).double().mean())
+        return stack.matrix(state)[0], torch.stack(losses).double().mean()
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.stack.compute_dtype is None:
@@ -526,7 +537,7 @@ class Trainer:
         """Return the key of each (step, device) for random layers, shape (n_steps, k)."""
         steps = np.arange(n_steps)[:, None]
         keys = bits(self.seed, "local-draws", work.rounds[rows], work.devices[rows], steps)
-        return torch.from_numpy((keys >> np.uint64(2)).astype(np.int64)).to(self.stack.device)
+        return torch.from_numpy((keys >> np.uint64(2)).astype(np.int64))
 
     def evaluate(self, params: Tensor, x: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
         """Return the mean loss and the accuracy of each model on common data.
@@ -594,7 +605,14 @@ def _own_generator(device: torch.device) -> Iterator[None]:
 def _seed(device: torch.device, key: int) -> None:
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
-        torch.cuda.manual_seed(key)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(key)
+
+
+def _numbers(values: Tensor) -> FloatArray:
+    """Bring results from wherever they are: the one place where a GPU is waited for."""
+    numbers: FloatArray = values.double().cpu().numpy()
+    return numbers
 
 
 def _clamp(value: int, low: int, high: int) -> int:
