@@ -100,7 +100,7 @@ def test_messages_weigh_their_real_encoding_on_links_and_in_the_records():
         ("sign", None),
         (None, "natural"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_compressed_averaging_learns_what_averaging_learns(up, down):
     plain, _ = run(fedavg(), 40)
@@ -221,7 +221,7 @@ def test_counters_and_several_tensors_pass_through():
         (DPSGD, {"up": "sign"}, "errors cannot be fed back"),
         (DPSGD, {"down": "natural"}, "give up alone"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_cannot_be_wrapped_is_refused_with_what_can(inner, options, said):
     with pytest.raises(ValueError, match=said):
