@@ -33,6 +33,8 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 Degree = float | Tensor
 _CHUNK = 1 << 18  # entries (receiver, input, coordinate) that are worked on at once
+_DENSE = 20  # receivers per input of one, up to which a product of matrices is faster
+_SMALLEST_LOG = math.log(1e-290)  # of a power in float64, with room above the subnormal ones
 _NO_SLOPE = 1e-12  # of |s|, below which the slope by the degree is taken as 0
 
 
@@ -163,6 +165,8 @@ def weighted_power_mean(
     if isinstance(degree, float | int) and degree == 1:
         mean = mix(weights, values)
         return mean if shift is None else mean - shift
+    if not isinstance(degree, Tensor) and _is_dense(weights):
+        return _dense_power_means(values, weights, degree, shift)
     return _power_means(values, weights, degree, shift, with_slope=False)[0]
 
 
@@ -193,6 +197,47 @@ def weighted_power_mean_and_slope(
     mean, slope = _power_means(values, weights, degree, shift, with_slope=True, clip=clip)
     assert slope is not None
     return mean, slope
+
+
+def _is_dense(weights: FloatArray) -> bool:
+    """Return whether a matrix product costs less than a power of every input of every receiver."""
+    return bool(_DENSE * (weights > 0).sum(axis=1).max() >= weights.shape[1])
+
+
+def _dense_power_means(
+    values: Tensor, weights: FloatArray, degree: float, shift: Tensor | None
+) -> Tensor:
+    """Return the same as `_power_means` of one degree for all, by one product of matrices.
+
+    Powers are taken in float64 of ratios to the largest of all inputs, whoever receives them, which
+    loses nothing as long as the smallest power is a normal number. Other columns take the long way.
+    """
+    check_degree(degree)
+    if (weights < 0).any():
+        raise ValueError(f"weights: {weights.min()} is negative; a power mean has no meaning")
+    mean = values.new_empty(len(weights), values.shape[1])
+    for at in _chunks(values.shape[1], max(weights.shape)):
+        x = values[:, at].double()
+        step = None if shift is None else shift[:, at].double()
+        size = x.abs()
+        root = None if step is None else step.abs().pow(1 / degree)
+        sizes = size if root is None else torch.cat([size, root])
+        top = sizes.amax(0)
+        safe = torch.where(top > 0, top, 1.0)
+        lowest = torch.where(sizes > 0, sizes, safe).amin(0) / safe
+        powers = torch.copysign(_raise(size.div_(safe), degree), x)
+        s = matrix(weights, powers) @ powers
+        if root is not None and step is not None:
+            s -= signed_power(torch.copysign(root / safe, step), degree)
+        mean[:, at] = (signed_power(s, 1 / degree) * top).to(mean.dtype)
+        rest = torch.nonzero(lowest.log() * degree < _SMALLEST_LOG)[:, 0]
+        if len(rest):
+            columns = rest + at.start
+            part = None if shift is None else shift[:, columns]
+            mean[:, columns] = _power_means(
+                values[:, columns], weights, degree, part, with_slope=False
+            )[0]
+    return mean
 
 
 def _power_means(

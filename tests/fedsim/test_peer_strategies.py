@@ -144,6 +144,47 @@ def test_links_that_fail_stop_nobody_and_keep_the_mass(name):
         np.testing.assert_allclose(*sums, atol=1e-4)
 
 
+@pytest.mark.parametrize("learning_rate", [0.3, 0.0])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_link_that_fails_between_two_neighbours_pushes_breaks_nothing(name, learning_rate):
+    """Device 0 is done and sends at once; its slow neighbour 1 finds the link between them down."""
+    speed = [1e6, 1e2] * (N // 2)
+    world = make_world(
+        N,
+        local=STEP,
+        speed=speed,
+        graph=complete(N, bandwidth=1e6, latency=0.001),
+        peers=lambda _: complete(N),
+        network_options={"link_down": "fail"},
+    )
+    env, network = world.grid.env, world.grid.network
+
+    def cut_and_mend():
+        while True:
+            for up, pause in ((False, 0.2), (True, 0.4)):  # shorter than the slow ones' work
+                yield env.timeout(pause)
+                for a, b in ((0, 1), (2, 3), (4, 7)):
+                    network.set_link(f"{a}-{b}", up=up)
+
+    env.process(cut_and_mend())
+    strategy = STRATEGIES[name](**QUIET | {"learning_rate": learning_rate})
+    lines = []
+    if name == "adom" and learning_rate == 0:
+        pytest.skip("1 / learning_rate is ADOM's smoothness")
+    start(strategy, world.grid, world.initial(), rounds=6, seed=5, record=lines.append)
+    assert len(lines) == 6
+    if name not in ("sgp", "swarm_sgd"):  # which use few links at a time
+        assert 4 * 6 * N < sum(line.messages_sent for line in lines) < 6 * N * (N - 1)
+    assert np.isfinite(models(strategy)).all()
+    if "weight" in strategy.state:
+        assert float(strategy.state["weight"].sum()) == pytest.approx(N, rel=1e-6)
+    if learning_rate == 0:
+        equal = world.trainer.initial().numpy()[None].repeat(N, 0)
+        # Sums of differences and quotients of sums are equal to rounding, means to the bit.
+        rounds_off = name in ("sgp", "sgp_all", "push_diging", "mudag", "choco_sgd")
+        np.testing.assert_allclose(models(strategy), equal, rtol=0, atol=1e-6 * rounds_off)
+
+
 def test_devices_that_do_not_wait_are_not_held_up_by_a_slow_one():
     speed = [1e3] * (N - 1) + [1e2]
     times = []

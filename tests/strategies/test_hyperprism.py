@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import topologies as tp
+from strategies import mirror
 from strategies.degrees import (
     Adaptation,
     direct_degrees,
@@ -133,6 +134,34 @@ def is_stable(mean, x, w, degree):
     power = lambda v: np.sign(v) * np.abs(v) ** degree  # noqa: E731
     residual = np.abs(power(found / top) - power(exact / top))
     return bool(np.quantile(np.abs(found - exact) / top, 0.99) <= 1e-6 and residual.max() <= 2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("degree", [3.0, 7.3, 64.0])
+@pytest.mark.parametrize("decades", [0.5, 12.0, 40.0])
+@pytest.mark.parametrize("is_dual", [False, True])
+def test_products_of_matrices_give_the_means_of_the_long_way(dtype, degree, decades, is_dual):
+    rng = np.random.default_rng(4)
+    # Each device has a scale of its own: one's inputs may all be far below the largest of all.
+    size = 10.0 ** rng.uniform(-decades / 2, decades / 2, (20, 1))
+    x = torch.from_numpy(size * rng.standard_normal((20, 200))).to(dtype)
+    x[:, :5], x[:7, 5] = 0, 0
+    shift = torch.from_numpy(rng.standard_normal((20, 200))).to(dtype) if is_dual else None
+    w = weights_of(20)
+    assert mirror._is_dense(w)
+    exact = mirror._power_means(
+        x.double(), w, degree, None if shift is None else shift.double(), with_slope=False
+    )[0]
+    top = torch.where(torch.from_numpy(w > 0)[:, :, None], x.double().abs(), 0).amax(1)
+    if shift is not None:
+        top = torch.maximum(top, shift.double().abs() ** (1 / degree))
+    found = weighted_power_mean(x, w, degree, shift)
+    assert found.dtype == dtype
+    assert ((found == 0) == (exact == 0)).all()
+    power = lambda v: torch.sign(v) * v.abs() ** degree  # noqa: E731
+    scale = torch.where(top > 0, top, 1)
+    residual = (power(found.double() / scale) - power(exact / scale)).abs().max()
+    assert residual <= (1e-13 if dtype == torch.float64 else 2e-5)
 
 
 @pytest.mark.parametrize("degree", [1.0, 3.0, 9.0, 15.0, 33.0, 64.0])
