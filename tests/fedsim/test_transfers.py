@@ -5,8 +5,8 @@ import simpy
 
 from fedsim import streams
 from fedsim.errors import NetworkError
-from fedsim.network import OnOff, graph_network, star_network
-from fedsim.network.transfers import keyed_uniform
+from fedsim.network import Failure, OnOff, graph_network, star_network
+from fedsim.network.transfers import Spread, keyed_uniform
 
 MBIT = 125_000  # bytes that take a second at 1 Mbit/s
 
@@ -268,3 +268,50 @@ def test_a_thousand_simultaneous_payloads_cost_a_few_events(env):
         n_events += 1
     assert env.now == pytest.approx(100.0)
     assert n_events < 1000 + 10
+
+
+def spread_over(network, *names, **options):
+    """Return half of a payload over each link."""
+    ends = {network.link_name(link): link for link in range(len(network.link_ends()))}
+    return Spread({ends[name]: 0.5 for name in names}, **options)
+
+
+def test_a_payload_on_two_routes_has_both_their_rates_and_their_mean_latency(env):
+    graph = nx.cycle_graph(4)
+    nx.set_edge_attributes(graph, 8e3, "bandwidth")
+    nx.set_edge_attributes(graph, {(0, 1): 0.1, (1, 2): 0.1, (2, 3): 0.2, (0, 3): 0.2}, "latency")
+    network = graph_network(env, graph)
+    both = spread_over(network, "0>1", "1>2", "0>3", "3>2", link_down="stall")
+    sent = network.transfer(0, 2, 4000, spread=both)
+    env.run(until=sent)
+    assert env.now == pytest.approx(0.3 + 2.0)
+    carried = {use.name: use.carried_bytes for use in network.link_uses()}
+    assert carried == pytest.approx(dict.fromkeys(("0>1", "1>2", "0>3", "3>2"), 2000))
+
+
+@pytest.mark.parametrize(
+    ("policy", "outcome", "finished"),
+    [("fail", "failed", 1.0), ("stall", "delivered", 5.0), ("reroute", "delivered", 3.0)],
+)
+def test_a_payload_on_two_routes_has_a_policy_of_its_own(env, policy, outcome, finished):
+    graph = nx.cycle_graph(4)
+    nx.set_edge_attributes(graph, 8e3, "bandwidth")
+    cut = Failure(link="1-2", start=1.0, end=4.0)
+    network = graph_network(env, graph, failures=[cut], link_down="fail")
+    ids = {network.link_name(link): link for link in range(8)}
+
+    def around():
+        assert network.down_now() == {(1, 2)}
+        return {ids["0>3"]: 1.0, ids["3>2"]: 1.0}
+
+    both = spread_over(network, "0>1", "1>2", "0>3", "3>2", link_down=policy, detour=around)
+    delivery = env.run(until=network.transfer(0, 2, 4000, spread=both))
+    assert (delivery.outcome, delivery.finished) == (outcome, pytest.approx(finished))
+
+
+def test_a_piece_that_is_no_whole_bytes_takes_its_exact_time(env):
+    network = star_network(env, uplink_bps=[8.0], downlink_bps=[8.0])
+    route = dict.fromkeys(network.route(0, 1), 1.0)
+    sent = network.transfer(0, 1, 3, spread=Spread(route, "stall", exact_bytes=10 / 3))
+    assert env.run(until=sent).size_bytes == 3
+    assert env.now == pytest.approx(10 / 3)

@@ -243,3 +243,38 @@ def test_hierarchy_of_a_tree_uses_its_edge_servers():
     assert {(s.source, s.destination) for s in first} == {(i, 7 + i // 3) for i in range(6)}
     assert {(s.source, s.destination) for s in second} == {(7, 6), (8, 6)}
     assert schedule.workers == tuple(range(6))
+
+
+def test_only_some_devices_take_part():
+    graph = tp.bcube(3, 2)
+    smaller = tp.placement.among(graph, [0, 1, 2, 3, 5, 6, 7, 8])  # 4 passes messages on
+    assert (tp.devices_of(smaller), tp.devices_of(graph)) == (
+        [0, 1, 2, 3, 5, 6, 7, 8],
+        list(range(9)),
+    )
+    for name in ("ring", "ps_colocated", "halving_doubling", "ps_hierarchical"):
+        schedule = tp.placement.COLLECTIVES[name](smaller)
+        assert schedule.ranks == 8
+        check(schedule)
+    # The Gray order without server 4: ranks 4 to 7 are servers 5 to 8.
+    around = tp.ring_schedule(smaller).steps[0]
+    assert around.source.tolist() == [0, 1, 2, 4, 3, 6, 7, 5]
+    for name in ("bml", "dimension_rings", "rotated_rings"):
+        with pytest.raises(ValueError, match=r"takes all 9 devices of bcube\(n=3, k=2\), not 8"):
+            tp.placement.COLLECTIVES[name](smaller)
+    assert tp.placement.among(graph, range(9)) is graph
+    with pytest.raises(ValueError, match="12 is no device"):
+        tp.placement.among(graph, [0, 12])
+
+
+def test_groups_of_a_tree_are_those_of_the_members():
+    graph = tp.tree((2, 3))  # the devices 0-2 and 3-5 under an edge server each
+    schedule = tp.ps_hierarchical_schedule(tp.placement.among(graph, [0, 2, 3, 5]))
+    check(schedule)
+    first = schedule.steps[0]
+    assert list(zip(first.source.tolist(), first.destination.tolist(), strict=True)) == [
+        (0, 5),
+        (1, 5),
+        (2, 6),
+        (3, 6),
+    ]
