@@ -47,10 +47,10 @@ def iterate(grid, stacks, number, ask):
     """Run one iteration; return its CPU seconds and virtual seconds of synchronisation."""
     start = time.process_time()
     config = ConfigRecord({"server-round": number, "mode": "gradient"})
-    content = {"arrays": stacked_record(stacks, 0), "config": config, "exchange": ask}
+    arrays = stacked_record(stacks, 0)
+    content = RecordDict({"arrays": arrays, "config": config, "exchange": ask})
     messages = [
-        Message(RecordDict(content), dst_node_id=node, message_type="train")
-        for node in grid.get_node_ids()
+        Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()
     ]
     replies = grid.send_and_receive(messages)
     assert len(replies) == len(messages)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -121,9 +122,14 @@ def read_exchange(content: RecordDict) -> Exchange:
     if kind == "collective":
         asked = _read_collective(record)
         if size is None and asked.profile is not None:
-            size = profile(asked.profile).n_bytes
+            size = _bytes_of(asked.profile)
         return Exchange(kind, size, collective=asked)
     return Exchange(kind, size, _read_manner(record), _read_peers(record))
+
+
+@cache
+def _bytes_of(model: str) -> int:
+    return profile(model).n_bytes
 
 
 def _read_manner(record: ConfigRecord) -> Manner:
