@@ -116,6 +116,23 @@ def wire(name, options):
     }
 
 
+def overlapped(seconds):
+    """Return one case: buckets of 25 MB that leave while the backward pass goes on."""
+    found = {}
+    for strategy in ("bml", "fat_tree"):
+        entry = f"strategies.{strategy}."
+        changes = [f"{entry}fusion_bytes=25000000", f"{entry}overlap=true"]
+        compute, _, found[strategy] = job(strategy, 3, 2, seconds, *changes)
+    return {
+        "baseline": "fat_tree, overlapped",
+        "bytes": VGG19,
+        "compute": compute,
+        "exposed_bml": found["bml"] / ROUNDS - compute,
+        "exposed_baseline": found["fat_tree"] / ROUNDS - compute,
+        "reduction": 1 - found["bml"] / found["fat_tree"],
+    }
+
+
 def cases():
     """Yield all cases, in the order of the page on BML."""
     for n, k in SIZES:
@@ -126,6 +143,8 @@ def cases():
     for size in LENETS.values():
         for ratio in (0.25, 2.5):
             yield against("fat_tree", 3, 2, ratio, size=size)
+    for seconds in (0.0654, 0.5, 1.0, 2.0):
+        yield overlapped(seconds)
     for name, options in WIRES.items():
         yield wire(name, options)
 
