@@ -19,11 +19,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import sample_nodes
-from flwr.supercore import log
 from torch import Tensor
 
 from strategies.common import mean_metrics, row_records, stack_of
+from strategies.compat import log, sample_nodes
 from strategies.layout import Layout, tensors_of
 from strategies.optimizers import Kind, Moments, RankOptimizer
 from strategies.reduction import ChunkFaults, Reduction, one_of, schedule_for

@@ -20,7 +20,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.supercore import log
 from torch import Tensor
 
 from strategies.common import (
@@ -31,6 +30,7 @@ from strategies.common import (
     show_arguments,
     tensor_of,
 )
+from strategies.compat import log
 from strategies.inflight import InFlight
 
 __all__ = ["AsyncStrategy", "DeadlineFedAvg", "FedAsync", "FedBuff", "Staleness", "Update"]

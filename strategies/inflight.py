@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from torch import Tensor
+
+from strategies.compat import sample_nodes
 
 __all__ = ["InFlight", "Sent"]
 

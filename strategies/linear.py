@@ -12,12 +12,9 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
-from flwr.serverapp.strategy.strategy_utils import (
-    aggregate_metricrecords,
-    validate_message_reply_consistency,
-)
 
 from strategies.common import mean_of, stack_of
+from strategies.compat import aggregate_metricrecords, validate_message_reply_consistency
 
 __all__ = [
     "Bulyan",

@@ -25,7 +25,6 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
-from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from strategies.bidirectional import (
     scheme_of,
     upload,
 )
+from strategies.compat import sample_nodes
 from strategies.compression import EncodedArray, Identity, Packed, compressor, pack
 from strategies.halves import DeviceHalf, Draws, Payload, Tensors, stacked
 from strategies.rows import decoded_rows, flat, shaped, sizes_of

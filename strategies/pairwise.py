@@ -10,12 +10,11 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
-from flwr.serverapp.strategy.strategy_utils import sample_nodes
-from flwr.supercore import log
 from torch import Tensor
 
 from strategies.arrivals import Arrivals, mix, pair_weights, rows_in
 from strategies.common import row_records
+from strategies.compat import log, sample_nodes
 from strategies.peers import PeerStrategy, State
 from topologies.attributes import DiGraph, Graph
 from topologies.dynamics import random_matching

@@ -32,6 +32,16 @@ PACKAGES = ("fedsim", "topologies", "strategies")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
+PUBLIC = {
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.clientapp.mod",
+    "flwr.clientapp.typing",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+}
+
+
 def room_of(path):
     """Return the room a file belongs to: a folder or module of fedsim, or a package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -72,6 +82,22 @@ def test_topologies_know_neither_flower_nor_torch(path):
         assert not used & {"flwr", "torch", "simpy", "strategies"}
     if room == "fedsim" or room in RANK:
         assert "strategies" not in used, "fedsim reaches strategies by the registry only"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_of_flower_are_in_one_module(path):
+    """Of a package: what a new release of Flower moves is mended in one place."""
+    tree = ast.parse(path.read_text("utf-8"))
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    whole = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    assert not [name for name in whole if name.partition(".")[0] == "flwr"]
+    found = {node.module for node in froms if node.module.partition(".")[0] == "flwr"}
+    inner = {
+        alias.name for node in froms if node.module == "flwr.serverapp" for alias in node.names
+    }
+    if path not in (ROOT / "fedsim/flower/compat.py", ROOT / "strategies/compat.py"):
+        assert found <= PUBLIC, f"{found - PUBLIC}: import it in the package's compat.py"
+        assert inner <= {"Grid", "ServerApp", "strategy"}
 
 
 def test_every_room_has_a_layer():

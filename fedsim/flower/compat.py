@@ -1,6 +1,6 @@
 """Every private name of Flower that fedsim touches, in one place.
 
-Checked against flwr 1.41 (the names below exist there as imported). What each is for:
+Checked against flwr 1.41 and 1.42 (the names below exist there as imported). What each is for:
 
 =========================  =========================================================
 name                       needed because

@@ -1,62 +1,104 @@
-"""Bar 1's last clause: FedAvg on the grid equals Flower's own Ray simulation."""
+"""Strategies in a plain Flower app: bar 6, and bar 1's last clause on Flower's Ray simulation."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from fedsim.registry import TABLES
+from tests.fedsim import ray_app
+from tests.fedsim.flower_runs import ROOT, running
+from tests.plain_grid import PlainGrid, flower_identity
+
+STRATEGIES = sorted(TABLES["strategy"])
 PROGRAM = """
-import sys
+import os, sys, traceback
 import numpy as np
-from flwr.app import ArrayRecord
 from flwr.serverapp import ServerApp
-from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from tests.fedsim.ray_app import app
-from tests.fedsim.worlds import digits_trainer
-from fedsim.flower.server import initial_arrays
+from tests.fedsim import ray_app
 
 server = ServerApp()
 
 @server.main()
 def main(grid, context):
-    strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=20, min_train_nodes=20)
-    start = ArrayRecord(initial_arrays(digits_trainer(20)).to_torch_state_dict())
-    result = strategy.start(grid, start, num_rounds=2)
-    np.savez(sys.argv[1], **{k: a.numpy() for k, a in result.arrays.items()})
+    while len(list(grid.get_node_ids())) < ray_app.N:
+        pass
+    for kind in sys.argv[2:]:
+        try:
+            arrays = ray_app.run(kind, grid)
+        except Exception:
+            traceback.print_exc()
+        else:
+            np.savez(os.path.join(sys.argv[1], kind), **arrays)
 
 resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-run_simulation(server, app, num_supernodes=20, backend_config=resources)
+run_simulation(server, ray_app.app, num_supernodes=ray_app.N, backend_config=resources)
 """
 
 
-@pytest.mark.flower
-def test_bar_1_fedavg_equals_flowers_ray_simulation(tmp_path):
+def assert_learnt(kind, arrays):
+    first = {key: array.numpy() for key, array in ray_app.start().items()}
+    assert set(arrays) == set(first)
+    assert all(np.isfinite(value).all() for value in arrays.values()), kind
+    assert any(not np.array_equal(value, first[key]) for key, value in arrays.items()), kind
+
+
+# On a grid without virtual time AD-PSGD really waits.
+PATIENT = [pytest.param(k, marks=pytest.mark.slow) if k == "ad_psgd" else k for k in STRATEGIES]
+
+
+@pytest.mark.parametrize("kind", PATIENT)
+def test_every_strategy_runs_in_a_plain_app(kind):
+    with flower_identity(1):
+        arrays = ray_app.run(kind, PlainGrid(ray_app.app, ray_app.N))
+    assert_learnt(kind, arrays)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Return the final arrays of every strategy, run in turn in one Ray simulation."""
     pytest.importorskip("ray", reason='needs Ray: pip install "fedsim[ray]"')
+    home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("out")
+    quiet = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(out), *STRATEGIES],
+        env=os.environ | quiet, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    left = running(home)
+    found = {}
+    for path in out.glob("*.npz"):
+        with np.load(path) as arrays:
+            found[path.stem] = dict(arrays)
+    return found, left, done.stderr
+
+
+@pytest.mark.flower
+def test_bar_6_every_strategy_runs_in_flowers_simulation(simulated):
+    found, left, said = simulated
+    assert sorted(found) == STRATEGIES, said[-5000:]
+    for kind, arrays in found.items():
+        assert_learnt(kind, arrays)
+    assert left == []
+
+
+@pytest.mark.flower
+def test_bar_1_fedavg_equals_flowers_ray_simulation(simulated):
     from flwr.serverapp.strategy import FedAvg
 
     from fedsim.flower.session import start
     from tests.fedsim.worlds import make_world
 
-    world = make_world()
+    world = make_world(ray_app.N)
     ours = start(FedAvg(fraction_evaluate=0.0), world.grid, world.initial(), rounds=2, seed=1)
-    quiet = {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "FLWR_HOME": str(tmp_path / "flower"),
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "theirs.npz")],
-        env=os.environ | quiet, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(tmp_path / "theirs.npz") as theirs:
-        assert set(theirs.files) == set(ours.arrays)
-        for key in theirs.files:
-            assert np.allclose(ours.arrays[key].numpy(), theirs[key], rtol=0, atol=1e-5)
+    for key, value in simulated[0]["fedavg"].items():
+        assert np.allclose(ours.arrays[key].numpy(), value, rtol=0, atol=1e-5)
