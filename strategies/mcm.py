@@ -82,14 +82,14 @@ class CompressedSGDHalf(DeviceHalf):
         """Return the dense arrays, and the decoded messages as ``messages/0``, …: ``(n, P)``."""
         result: Tensors = {}
         if "arrays" in contents[0]:
-            records = [content.array_records["arrays"] for content in contents]
+            records: Any = [content["arrays"] for content in contents]
             result = {key: stacked([record[key] for record in records]) for key in records[0]}
         if _MESSAGES not in contents[0]:
             return result
         config: Any = contents[0]["config"]
         dtype = getattr(torch, config["dtype"])
         blocks = self.scheme.blocks(config["tensors"])
-        messages = [content.array_records[_MESSAGES] for content in contents]
+        messages: Any = [content[_MESSAGES] for content in contents]
         for key in messages[0]:
             used = Identity() if key == "velocity" else self.scheme.down
             column = [record[key] for record in messages]
@@ -446,8 +446,9 @@ class CompressedSGD(flower.FedAvg):
             self._mean = self._mean + (model - self._mean) / (server_round + 1)
             model = self._mean
         metrics = MetricRecord({"broadcast-bytes": self._broadcast_bytes})
-        said = [r for m in valid.values() for r in m.content.metric_records.values()]
-        if losses := [record["train_loss"] for record in said if "train_loss" in record]:
+        said = [r for m in valid.values() for r in m.content.values()]
+        found = [r for r in said if isinstance(r, MetricRecord)]
+        if losses := [record["train_loss"] for record in found if "train_loss" in record]:
             metrics["train_loss"] = float(np.mean(losses))
         return self._record(model), metrics
 
@@ -608,13 +609,14 @@ class CompressedSGD(flower.FedAvg):
                 f"node {message.metadata.src_node_id} replied with {sorted(content)}, not with "
                 "'gradients': its app ignored the config's mode 'gradient'"
             )
-        applied: Any = content.config_records.get("applied", {"halves": []})
+        applied: Any = content.get("applied", {"halves": []})
         if CompressedSGDHalf.name not in applied["halves"]:
             raise ValueError(
                 f"node {message.metadata.src_node_id} did not apply the half "
                 f"{CompressedSGDHalf.name!r}: ClientApp(mods=[as_mod(strategy.device_halves[0])])"
             )
-        return content.array_records["gradients"]
+        gradients: Any = content["gradients"]
+        return gradients  # type: ignore[no-any-return]
 
     def _decode(
         self, nodes: Sequence[int], records: Sequence[ArrayRecord], server: Server

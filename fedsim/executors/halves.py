@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim.errors import PayloadError
 from fedsim.flower import compat
-from fedsim.flower.instructions import WorkPlan, round_of
+from fedsim.flower.instructions import WorkPlan, round_of, server_round
 from fedsim.flower.records import LazyArray, LazyArrayRecord, stack_records, stacked_record
 from fedsim.learning.config import LocalTerms
 from fedsim.learning.layout import Layout
@@ -37,6 +37,9 @@ class DeviceHalf(Protocol):
 
     def check(self, sizes: Sequence[int]) -> None:
         """Raise a ValueError if a model with tensors of these sizes does not fit."""
+
+    def as_mod(self) -> Any:
+        """Return the half as a Flower client mod."""
 
     def draws(self, rounds: Any, devices: Any, device: Any = "cpu") -> Any:
         """Return the draws of these devices in these rounds."""
@@ -143,9 +146,10 @@ class HalvesOfDevices:
             Instructions, and the device of each.
         """
         groups: dict[Any, list[int]] = defaultdict(list)
+        structures: dict[int, Any] = {}  # many messages share one content
         for i, message in enumerate(messages):
             if message.metadata.message_type.startswith("train"):
-                groups[self._likeness(message)].append(i)
+                groups[self._likeness(message, structures)].append(i)
         inner = list(messages)
         contents: list[RecordDict] = [RecordDict()] * len(messages)
         batches = []
@@ -177,14 +181,13 @@ class HalvesOfDevices:
         self._compact()
         return contents
 
-    def _likeness(self, message: Message) -> Any:
+    def _likeness(self, message: Message, structures: dict[int, Any]) -> Any:
         """Return what all rows of a call have in common: config, arrays, entries of the state."""
         content = message.content
+        if id(content) not in structures:
+            structures[id(content)] = _structure(content)
         states, _ = self._states.get(message.metadata.dst_node_id, ([], 0))
-        return (
-            _structure(content),
-            tuple(tuple(state) for state in states),
-        )
+        return structures[id(content)], tuple(tuple(state) for state in states)
 
     def _gather(self, nodes: Sequence[int], place: torch.device) -> list[Tensors]:
         """Return the states of some devices as rows of one batch."""
@@ -241,26 +244,38 @@ class _Batch:
         self._halves = halves
         self._place = place
         self._config = _config(messages[0].content)
-        rounds = [round_of(message) for message in messages]
+        number = server_round(messages[0].content)
+        rounds = [round_of(m) for m in messages] if number is None else [number] * len(messages)
         self._draws = [half.draws(rounds, devices, place) for half in halves]
 
     def receive(self) -> list[Message]:
         """Return the instructions as the trainer reads them: with the models to work on."""
-        contents = [message.content for message in self._messages]
         states = []
-        arrays = _moved(self._halves[0].unpack(contents), self._place)
+        arrays = self._unpacked([message.content for message in self._messages])
         for half, state, draws in zip(self._halves, self.states, self._draws, strict=True):
             arrays, state = half.receive(arrays, state, self._config, draws)
             states.append(state)
         self.states = states
+        others: dict[int, dict[str, Any]] = {}
         inner = []
         for row, message in enumerate(self._messages):
+            content = message.content
+            if id(content) not in others:
+                kept = {k: r for k, r in content.items() if not isinstance(r, ArrayRecord)}
+                others[id(content)] = kept
             records: dict[str, Any] = {"arrays": stacked_record(arrays, row)}
-            records |= {k: r for k, r in message.content.items() if not isinstance(r, ArrayRecord)}
+            records |= others[id(content)]
             instruction = copy(message)
             instruction.content = compat.fill(RecordDict(), records)
             inner.append(instruction)
         return inner
+
+    def _unpacked(self, contents: Sequence[RecordDict]) -> Tensors:
+        """Return the arrays of instructions; of one content for all they are read once."""
+        if any(content is not contents[0] for content in contents):
+            return _moved(self._halves[0].unpack(contents), self._place)
+        one = _moved(self._halves[0].unpack(contents[:1]), self._place)
+        return {key: value.expand(len(contents), *value.shape[1:]) for key, value in one.items()}
 
     def local(self) -> list[Any]:
         """Return what each half adds to the local objective."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedsim.errors import PayloadError
 from fedsim.executors.halves import DeviceHalf, HalvesOfDevices
@@ -130,7 +130,7 @@ def train_or_evaluate(
         `gradients` and `metrics`; an evaluate reply `metrics`).
     """
     groups: dict[tuple[str, LocalConfig], list[int]] = defaultdict(list)
-    configs: dict[int, LocalConfig] = {}
+    configs: dict[tuple[int, ...], LocalConfig] = {}  # many contents share one config
     for i, message in enumerate(messages):
         action = message.metadata.message_type.partition(".")[0]
         if action not in ("train", "evaluate"):
@@ -139,9 +139,10 @@ def train_or_evaluate(
                 "'train' and 'evaluate'"
             )
         content = message.content
-        if id(content) not in configs:
-            configs[id(content)] = plan.local_config(content)
-        groups[action, configs[id(content)]].append(i)
+        key = tuple(id(record) for record in content.values() if isinstance(record, ConfigRecord))
+        if key not in configs:
+            configs[key] = plan.local_config(content)
+        groups[action, configs[key]].append(i)
     contents: list[RecordDict] = [RecordDict()] * len(messages)
     for (action, config), members in groups.items():
         batch = [messages[i] for i in members]
