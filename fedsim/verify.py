@@ -48,6 +48,8 @@ TOLERANCE = 1e-6
 COMPRESSION_TOLERANCE = 1e-9
 """Of the iterates of compressed algorithms, relative to the largest entry of a trace (or 1)."""
 
+FloatArray = NDArray[np.float64]
+
 _SHIPPED = ("collectives.json.gz", "encoding_vectors.json", "network.json.gz")
 _LEVELS = 3  # of the quantisation in golden traces
 _VECTOR_KEYS = {"v", "u", "s", "dense_hex", "sparse_hex"}
@@ -243,29 +245,85 @@ def _replay_traces(
     name: str, problem: Mapping[str, Any], golden: Mapping[str, Any]
 ) -> Iterator[Replayed]:
     """Run every algorithm of a file; an error is relative to the largest entry, or 1."""
-    x, y = problem["X"], problem["Y"]
+    x, y = _least_squares(name, problem)
     mask = golden.get("mask")
+    if mask is not None:
+        _check_mask(name, mask, len(x))
     smoothness = np.mean([2 * np.linalg.norm(each.T @ each) / len(each) for each in x])
     rate = float(1 / smoothness if mask is None else 1 / (2 * smoothness))
-    for key, expected in golden.items():
-        if key == "mask":
-            continue
-        label, _, correction = key.partition("_PP")
+    traces = {key: trace for key, trace in golden.items() if key != "mask"}
+    if not traces:
+        raise ScenarioError(f"{name}: no iterates there; an array for each algorithm is needed")
+    for key, expected in traces.items():
+        algorithm, correction = _algorithm(name, key)
+        if expected.ndim != 2 or expected.shape[1] != x.shape[2] or not len(expected):
+            raise ScenarioError(
+                f"{name}: {key} has the shape {expected.shape}, and should have (rounds, "
+                f"{x.shape[2]})"
+            )
         settings: dict[str, Any] = {"learning_rate": rate}
         if mask is not None:
-            settings |= {"participation": 0.5, "correction": f"pp{correction or 1}"}
-        algorithm = _ALGORITHMS.get(label, label.lower())
+            settings |= {"participation": 0.5, "correction": correction}
+            if len(mask) < len(expected):
+                raise ScenarioError(
+                    f"{name}: mask has {len(mask)} rounds, {key} has {len(expected)}"
+                )
         found = _iterates(x, y, algorithm, settings, len(expected), mask)
-        if found.shape != expected.shape:
-            raise ScenarioError(
-                f"{name}: {key} has the shape {expected.shape}, the iterates {found.shape}"
-            )
         scale = max(1.0, float(np.abs(expected).max()))
         error = float(np.abs(found - expected).max()) / scale
         family = "compression" if mask is None else "compression, partial participation"
         yield Replayed(
             family, f"{name} {key}", error if error == error else inf, COMPRESSION_TOLERANCE
         )
+
+
+def _algorithm(name: str, key: str) -> tuple[str, str]:
+    """Return the algorithm and the correction that an array's name stands for."""
+    schemes = registry.import_object("strategies.bidirectional:SCHEMES")
+    known = {scheme.replace("_", ""): scheme for scheme in schemes}
+    label, _, correction = key.partition("_PP")
+    algorithm = _ALGORITHMS.get(label, known.get(label.lower().replace("_", "")))
+    if algorithm is None or correction not in ("", "1", "2"):
+        valid = ", ".join(sorted({*_ALGORITHMS, *(scheme.upper() for scheme in schemes)}))
+        raise ScenarioError(
+            f"{name}: '{key}' is none of {valid}, with _PP1 or _PP2 under partial participation"
+        )
+    return algorithm, f"pp{correction or 1}"
+
+
+def _least_squares(name: str, problem: Mapping[str, Any]) -> tuple[FloatArray, FloatArray]:
+    """Return samples (devices, n, d) and labels (devices, n).
+
+    Raises
+    ------
+    ScenarioError
+        If they are no numbers or do not fit together.
+    """
+    for key in ("X", "Y"):
+        if problem[key].dtype.kind not in "fiu":
+            raise ScenarioError(f"{name}: {key} holds {problem[key].dtype}, not numbers")
+        if not np.isfinite(problem[key]).all():
+            raise ScenarioError(f"{name}: {key} has entries that are not finite")
+    x, y = (np.asarray(problem[key], np.float64) for key in ("X", "Y"))
+    if x.ndim != 3 or 0 in x.shape:
+        raise ScenarioError(
+            f"{name}: X has the shape {x.shape}, and should have (devices, samples, dimension)"
+        )
+    if y.shape != x.shape[:2]:
+        raise ScenarioError(
+            f"{name}: Y has the shape {y.shape}, and should have {x.shape[:2]} as X has"
+        )
+    return x, y
+
+
+def _check_mask(name: str, mask: NDArray[Any], n_devices: int) -> None:
+    if mask.ndim != 2 or mask.shape[1] != n_devices:
+        raise ScenarioError(
+            f"{name}: mask has the shape {mask.shape}, and should have (rounds, {n_devices})"
+        )
+    for number, active in enumerate(mask, start=1):
+        if not active.any():
+            raise ScenarioError(f"{name}: mask has nobody take part in round {number}")
 
 
 def _iterates(

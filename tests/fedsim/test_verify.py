@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedsim.errors import ScenarioError
@@ -49,3 +50,77 @@ def test_what_is_no_case_is_refused(tmp_path, text, said):
         path.write_text(text)
     with pytest.raises(ScenarioError, match=said):
         verify(path)
+
+
+# --- golden traces of compression of another problem ---------------------------------------------
+
+
+def problem(folder, n_devices=3, d=4):
+    """Write a least-squares problem and its gradient descent; return the files' arrays."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((n_devices, 10, d))
+    y = np.einsum("inj,j->in", x, np.arange(1.0, d + 1)) + rng.standard_normal((n_devices, 10))
+    step = 1 / np.mean([2 * np.linalg.norm(each.T @ each) / 10 for each in x])
+    w, iterates = np.zeros(d), []
+    for _ in range(6):
+        residual = np.einsum("inj,j->in", x, w) - y
+        w = w - step * 2 * np.einsum("inj,in->ij", x, residual).mean(0) / 10
+        iterates.append(w)
+    data, golden = {"X": x, "Y": y, "w_star": w}, {"SGD": np.array(iterates)}
+    write(folder, data, golden)
+    return data, golden
+
+
+def write(folder, data, golden, rest=""):
+    np.savez(folder / "own_data.npz", **data)
+    np.savez(folder / f"own_golden{rest}.npz", **golden)
+
+
+def test_golden_traces_of_another_problem_are_replayed(tmp_path):
+    data, golden = problem(tmp_path)
+    (tmp_path / "own_summary.json").write_text(json.dumps({"problem": {"N": 3}}))
+    (found,) = verify(tmp_path)
+    assert (found.family, found.n_cases, found.is_passed) == ("compression", 1, True)
+    assert found.worst < 1e-14
+    assert verify(tmp_path / "own_golden.npz") == [found]
+    write(tmp_path, data, {"SGD": golden["SGD"] + 1e-8})
+    (found,) = verify(tmp_path)
+    assert not found.is_passed
+    assert found.worst == pytest.approx(1e-8 / np.abs(golden["SGD"]).max(), rel=0.01)
+    write(tmp_path, data, golden | {"MCM": golden["SGD"]})
+    (found,) = verify(tmp_path)
+    assert (found.worst_case, found.is_passed) == ("own_golden.npz MCM", False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d, g: d.pop("Y"), "has no array 'Y'"),
+        (lambda d, g: d.update(X=d["X"][0]), r"X has the shape \(10, 4\).*devices, samples"),
+        (lambda d, g: d.update(Y=d["Y"][:, :5]), r"Y has the shape \(3, 5\).*\(3, 10\)"),
+        (lambda d, g: d.update(X=d["X"] * np.nan), "X.*not finite"),
+        (lambda d, g: d.update(X=d["X"].astype(str)), "X.*numbers"),
+        (lambda d, g: g.update(FedAvg=g["SGD"]), "'FedAvg' is none of.*SGD"),
+        (lambda d, g: g.update(SGD=g["SGD"][:, :3]), r"SGD has the shape \(6, 3\).*\(rounds, 4\)"),
+        (lambda d, g: g.clear(), "no iterates"),
+        (lambda d, g: g.update(mask=np.ones((6, 2), bool)), r"mask has the shape \(6, 2\)"),
+        (lambda d, g: g.update(mask=np.zeros((6, 3), bool)), "mask.*nobody.*round 1"),
+        (lambda d, g: g.update(SGD_PP3=g["SGD"]), "'SGD_PP3' is none of"),
+    ],
+)
+def test_malformed_golden_traces_are_refused_by_name(tmp_path, change, said):
+    data, golden = problem(tmp_path)
+    change(data, golden)
+    write(tmp_path, data, golden)
+    with pytest.raises(ScenarioError, match=said):
+        verify(tmp_path)
+
+
+def test_golden_traces_without_their_problem_or_of_no_archive_are_refused(tmp_path):
+    problem(tmp_path)
+    (tmp_path / "own_data.npz").unlink()
+    with pytest.raises(ScenarioError, match="own_data"):
+        verify(tmp_path)
+    (tmp_path / "own_data.npz").write_bytes(b"PK not really")
+    with pytest.raises(ScenarioError, match="cannot be read as arrays"):
+        verify(tmp_path)
