@@ -99,6 +99,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "fedtrimmedavg": "strategies.linear:FedTrimmedAvg",
             "fedyogi": "strategies.linear:FedYogi",
             "gossip": "strategies.gossip:DPSGD",
+            "hierarchical_fedavg": "strategies.hierarchical:HierarchicalFedAvg",
             "hyperprism": "strategies.hyperprism:HyperPrism",
             "krum": "strategies.linear:Krum",
             "mudag": "strategies.accelerated:Mudag",

@@ -13,6 +13,7 @@ differential-privacy wrappers drop a whole round for one error reply but accept 
 import logging
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager
 from copy import copy
@@ -46,7 +47,7 @@ from fedsim.flower.records import (
     template_of,
 )
 from fedsim.learning.config import ROUNDS, LocalConfig
-from fedsim.network import Delivery, Network, plan
+from fedsim.network import Delivery, Network, edges, plan
 from fedsim.network.collective import Collectives
 from fedsim.network.exchange import Trip, serve
 from fedsim.network.neighbours import Hooks, Neighbours
@@ -360,8 +361,9 @@ class NetworkGrid(Grid):
         for flight, among in zip(flights, peers, strict=True):
             if among is not None:
                 between.append((flight.trip, among))
-            elif flight.exchange.kind == "server":
+            elif flight.exchange.kind == "server" and not flight.exchange.by_edge:
                 self._depart(flight.trip)
+        self._depart_by_edge([flight for flight in flights if flight.exchange.by_edge])
         for trips, known in group(between):
             self._neighbours.begin(trips, known, manners[trips[0].round])
         for places, planned in groups:
@@ -561,9 +563,7 @@ class NetworkGrid(Grid):
             trip.outcome = "ok" if is_there else "offline"
             self._arrive(trip)
             return
-        self._traffic.messages_sent += 1
-        if is_there:
-            self._traffic.bytes_down += trip.bytes_down
+        self._release(trip)
         serve(
             self.network,
             self.fleet,
@@ -572,6 +572,44 @@ class NetworkGrid(Grid):
             done=self._arrive,
             observe=None if self.recorder is None else self._observe,
         )
+
+    def _release(self, trip: Trip) -> None:
+        """Count an instruction that sets off to its device."""
+        self._traffic.messages_sent += 1
+        if self.fleet.is_available(trip.device, self.env.now):
+            self._traffic.bytes_down += trip.bytes_down
+
+    def _depart_by_edge(self, flights: Sequence[_Flight]) -> None:
+        """Send off what travels by way of edge servers, each with what it fetches and sends on."""
+        groups: dict[tuple[int, edges.Backhaul], list[Trip]] = defaultdict(list)
+        for flight in flights:
+            trip = flight.trip
+            if self._is_free(trip.kind):
+                self._depart(trip)
+                continue
+            trip.server = edges.edge_of(self.network, trip.device)
+            groups[trip.server, flight.exchange.backhaul].append(trip)
+        hooks = edges.EdgeHooks(
+            self._release,
+            self._reply_bytes,
+            self._arrive,
+            self._post_backhaul,
+            None if self.recorder is None else self._observe,
+        )
+        for (edge, backhaul), trips in groups.items():
+            edges.serve_by_edge(self.network, self.fleet, trips, edge, backhaul, hooks)
+
+    def _post_backhaul(self, way: str, size_bytes: int) -> None:
+        """Count a payload between server and edge server: one that sets off, or that is lost."""
+        traffic = self._traffic
+        if way == "lost":
+            traffic.messages_lost += 1
+            return
+        traffic.messages_sent += 1
+        if way == "down":
+            traffic.bytes_down += size_bytes
+        else:
+            traffic.bytes_up += size_bytes
 
     def _observe_peer(self, trip: Trip, way: str, delivery: Delivery) -> None:
         """Count a payload between devices that did not arrive; record it where asked to."""
@@ -854,6 +892,8 @@ class NetworkGrid(Grid):
             "started": trip.pushed,
             "finished": trip.finished,
         }
+        if trip.server is not None:
+            delivery["server"] = trip.server
         if trip.exchange == "collective":
             delivery["computed"] = trip.computed
             if trip.neighbours:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import PayloadError, ScenarioError
 from fedsim.learning.config import ROUNDS, LocalConfig
+from fedsim.network.edges import Backhaul
 from fedsim.network.neighbours import Manner
 from fedsim.network.plan import Conduct
 from fedsim.registry import nearest
@@ -83,6 +84,10 @@ class Exchange:
         Node ids of whom to send to; None leaves it to the scenario's graph.
     collective : Collective or None
         What a ``collective`` is.
+    by_edge : bool
+        By way of the device's edge server instead of the server.
+    backhaul : {"none", "down", "up", "both"}
+        What edge servers fetch from the server before, or send to it after.
     """
 
     kind: str = "server"
@@ -90,6 +95,8 @@ class Exchange:
     manner: Manner = field(default_factory=Manner)
     peers: tuple[int, ...] | None = None
     collective: Collective | None = None
+    by_edge: bool = False
+    backhaul: Backhaul = "none"
 
 
 def read_exchange(content: RecordDict) -> Exchange:
@@ -118,7 +125,13 @@ def read_exchange(content: RecordDict) -> Exchange:
             raise PayloadError(
                 f"exchange.when is {record['when']!r}; by way of the server it must be 'after'"
             )
-        return Exchange(kind, size)
+        server = _choice(record, "server", ("root", "edge"))
+        backhaul = _choice(record, "backhaul", ("none", "down", "up", "both"))
+        if server == "root" and backhaul != "none":
+            raise PayloadError(
+                f"exchange.backhaul is {backhaul!r}; it goes with exchange.server 'edge'"
+            )
+        return Exchange(kind, size, by_edge=server == "edge", backhaul=backhaul)  # type: ignore[arg-type]
     if kind == "collective":
         asked = _read_collective(record)
         if size is None and asked.profile is not None:
@@ -220,7 +233,7 @@ def _is_int(value: object) -> bool:
 _SERVED = Exchange()
 _KEYS = frozenset({"kind", "when", "payload_bytes"})
 _OWN_KEYS = {
-    "server": frozenset[str](),
+    "server": frozenset({"server", "backhaul"}),
     "neighbours": frozenset({"fanout", "order", "barrier", "deadline", "peers"}),
     "collective": frozenset(
         {

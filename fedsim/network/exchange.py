@@ -68,6 +68,8 @@ class Trip:
         happen; `started` and `computed` are known, and set, as soon as the device begins.
     exchange : {"server", "neighbours", "collective"}
         How it travels.
+    server : int or None
+        The edge server that serves it, if one does.
     neighbours : tuple of int
         Devices that it sent its payload to (between neighbours), or whose vectors are in the sum
         besides its own (collective).
@@ -99,6 +101,7 @@ class Trip:
     finished: float = math.nan
     outcome: str = "pending"
     exchange: str = "server"
+    server: int | None = None
     neighbours: tuple[int, ...] = ()
     payloads: dict[int, Any] = field(default_factory=dict)
     is_closed: bool = False
@@ -130,6 +133,7 @@ def serve(
     reply_bytes: Callable[[Trip], int],
     done: Callable[[Trip], None],
     observe: Callable[[Trip, str, Delivery], None] | None = None,
+    server: int | None = None,
 ) -> None:
     """Send `trip` from the server to its device, let it work there, and bring the reply back.
 
@@ -146,6 +150,8 @@ def serve(
     observe : callable, optional
         Called with the trip, ``down`` or ``up``, and the delivery, when either payload has arrived
         or was given up.
+    server : int, optional
+        The node that serves; default: the network's server.
 
     Raises
     ------
@@ -153,9 +159,10 @@ def serve(
         If there is no server, or no route between it and the device.
     """
     env = network.env
-    if network.server is None:
+    server = network.server if server is None else server
+    if server is None:
         raise NetworkError("the network has no server; an exchange by way of it needs one")
-    server = network.server
+    node = server
 
     def end(outcome: str) -> None:
         trip.outcome, trip.finished, trip.transfer = outcome, env.now, None
@@ -191,7 +198,7 @@ def serve(
             return
         trip.bytes_up = reply_bytes(trip)
         compute.count_bytes(trip.device, sent=trip.bytes_up)
-        trip.transfer = upload = network.transfer(trip.device, server, trip.bytes_up)
+        trip.transfer = upload = network.transfer(trip.device, node, trip.bytes_up)
         then(upload, arrive)
 
     def arrive(event: simpy.Event) -> None:
@@ -199,7 +206,7 @@ def serve(
             end("ok")
 
     if compute.is_available(trip.device, env.now):
-        trip.transfer = download = network.transfer(server, trip.device, trip.bytes_down)
+        trip.transfer = download = network.transfer(node, trip.device, trip.bytes_down)
         then(download, receive)
     else:
         at(env, env.now, lambda _: end("offline"))

@@ -467,6 +467,10 @@ class Network:
         """Return the link ids of the shortest route between two nodes."""
         return self._wiring.route(source, destination)
 
+    def link_ends_of(self, link: int) -> tuple[int, int]:
+        """Return the nodes that a link leads from and to."""
+        return self._wiring.ends(link)
+
     def link_ends(self) -> list[tuple[int, int]]:
         """Return the nodes that each link leads from and to, in order of link ids."""
         return [self._wiring.ends(link) for link in range(len(self._latency))]
