@@ -86,7 +86,7 @@ class HierarchicalFedAvg(FedAvg):
             edge = self._edge_of.get(message.metadata.dst_node_id)
             if edge not in contents:
                 model = self._cloud if edge is None else self.edge_models.get(edge, self._cloud)
-                records = {
+                records: dict[str, Any] = {
                     self.arrayrecord_key: plain_record(model),
                     self.configrecord_key: asked,
                     "exchange": exchange,

@@ -38,9 +38,6 @@ class DeviceHalf(Protocol):
     def check(self, sizes: Sequence[int]) -> None:
         """Raise a ValueError if a model with tensors of these sizes does not fit."""
 
-    def as_mod(self) -> Any:
-        """Return the half as a Flower client mod."""
-
     def draws(self, rounds: Any, devices: Any, device: Any = "cpu") -> Any:
         """Return the draws of these devices in these rounds."""
 
