@@ -15,7 +15,11 @@ from torch import Tensor
 
 from strategies.arrivals import mix
 from strategies.degrees import Adaptation, hypernetwork_degrees, learn, new_hypernetworks
-from strategies.mirror import weighted_power_mean, weighted_power_mean_and_slope
+from strategies.mirror import (
+    _power_means,
+    weighted_power_mean,
+    weighted_power_mean_and_slope,
+)
 from topologies import metropolis, random_regular
 
 
@@ -35,6 +39,9 @@ def main() -> None:
     cases: dict[str, Callable[[], object]] = {
         "linear (W @ X)": lambda: mix(weights, models),
         **{f"power mean, degree {p:g}": _power(models, weights, p) for p in (3.0, 5.0, 9.0, 7.3)},
+        "power mean, degree 9, receiver by receiver": lambda: _power_means(
+            models, weights, 9.0, None, with_slope=False
+        ),
         "power mean, a degree for each device": _power(models, weights, degrees),
         "the same with slopes (adaptive)": lambda: weighted_power_mean_and_slope(
             models, weights, degrees
