@@ -73,6 +73,8 @@ from fedsim.scenario import Data, Scenario, draw, load_scenario, place_of
 from fedsim.streams import stream
 from topologies.attributes import Graph, servers_of, switches_of
 from topologies.dynamics import b_connectivity
+from topologies.generators import star
+from topologies.placement import COLLECTIVES
 
 __all__ = [
     "Progress",
@@ -278,6 +280,8 @@ def _connect(
     with _at("topology"):
         graph = _build_graph(world)
         network = _build_network(env, world, graph)
+    with _at(f"{place}.collective"):
+        _check_collective(made, graph, world.data.devices)
     with _at("training"):
         config = _local_config(world)
     with _at("data"):
@@ -330,6 +334,13 @@ def _connect(
     return Simulation(
         world, strategy, env, network, fleet, trainer, executor, grid, made, crew, problem
     )
+
+
+def _check_collective(strategy: object, graph: Graph | None, devices: int) -> None:
+    """Refuse a collective that the topology cannot run, with the reason that `placement` gives."""
+    make = COLLECTIVES.get(getattr(strategy, "collective", ""))
+    if make is not None:
+        make(star(devices) if graph is None else graph)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord
 
 import topologies as tp
 from fedsim.devices import Intervals
+from fedsim.errors import ScenarioError
 from fedsim.executors.clientapp import device_app
 from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.session import start
@@ -17,7 +18,7 @@ from fedsim.learning.batches import make_batches
 from fedsim.learning.config import LocalConfig
 from fedsim.learning.threads import one_thread
 from fedsim.network.failures import Failure
-from fedsim.runner import build
+from fedsim.runner import build, check
 from fedsim.scenario import load_scenario
 from strategies.allreduce import AllReduceSGD
 from strategies.reduction import run_schedule, schedule_for
@@ -302,6 +303,15 @@ def test_vgg19_takes_the_times_that_the_scenario_names():
 def test_the_scenario_of_lenet5_is_valid():
     scenario = load_scenario(PAPER / "bml_lenet5.yaml")
     assert list(scenario.strategies) == ["bml", "parameter_server", "two_ports"]
+
+
+def test_a_collective_that_does_not_fit_is_refused_before_anything_runs():
+    changes = ["strategies.bml.topology={kind: fat_tree, ports: 4}"]
+    scenario = load_scenario(PAPER / "bml_vgg19.yaml", changes)
+    with pytest.raises(
+        ScenarioError, match=r"strategies.bml.collective: bml needs a BCube, not fat_tree\(ports=4"
+    ):
+        check(scenario, device="cpu")
 
 
 @pytest.mark.slow
