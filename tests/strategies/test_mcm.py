@@ -131,6 +131,17 @@ def test_bar_2_every_byte_counter_is_the_length_of_real_messages(algorithm, part
         assert first == {6 * 8}  # the first gradient travels whole
 
 
+def test_broadcast_a_shared_message_is_charged_once_and_own_ones_each():
+    for algorithm, share in (("mcm", 1), ("artemis", 1), ("rand_mcm", N), ("diana", 1)):
+        strategy = CompressedSGD(algorithm=algorithm, learning_rate=0.01)
+        charged = []
+        world = make_world(strategy)
+        world.run(6, observe=lambda k: charged.append(strategy._broadcast_bytes))  # noqa: B023
+        down = np.array([t.bytes_down for t in world.trips()]).reshape(6, N)
+        once = down[:, 0] if share == 1 else down.sum(1)
+        assert charged[1:] == once[1:].tolist()
+
+
 # --- partial participation ------------------------------------------------------------------------
 
 
