@@ -20,12 +20,13 @@ from fedsim.data.federated import DeviceData, FederatedData
 from fedsim.errors import ScenarioError
 from fedsim.learning.batches import first_batches
 
-__all__ = ["ConvexLoss", "ConvexProblem", "Minimum", "problem_of"]
+__all__ = ["ConvexLoss", "ConvexProblem", "Gradients", "Minimum", "problem_of"]
 
 IntArray = NDArray[np.int64]
 ConvexLoss = Literal["squared_error", "logistic"]
 Gradients = Callable[[Tensor, int], Tensor]
 _AHEAD = 1 << 16  # keys of samples drawn at a time, for rounds to come: they stay in the cache
+_KEPT = 1 << 23  # positions of batches that are kept for other runs with the same seeds
 _MAX_NEWTON = 200
 _DECREMENT = 1e-14  # of Newton's method: F(w) - F* is about half of it
 
@@ -166,7 +167,8 @@ class ConvexProblem:
         batch_size : int
             Distinct samples drawn afresh in each round; 0 is all of a device's.
         seeds : sequence of int, length R
-            Of each run; a `Trainer` with that seed takes the same batches.
+            Of each run; a `Trainer` with that seed takes the same batches. They are kept, so that
+            another run with the same function need not draw them again.
         """
         if not batch_size:
             return self._full_squares if self.loss == "squared_error" else self._full
@@ -176,7 +178,8 @@ class ConvexProblem:
             index = batches.at(k)
             x = self.x.index_select(0, index.view(-1)).view(*index.shape, -1)
             outputs = torch.bmm(x, models[:, :, None])[..., 0]
-            slopes = self._slopes(outputs, self.y[index]) / index.shape[1]
+            slopes = self._slopes(outputs, self.y.index_select(0, index.view(-1)).view_as(outputs))
+            slopes = slopes / index.shape[1]
             return torch.bmm(slopes[:, None], x)[:, 0]
 
         return stochastic
@@ -205,7 +208,7 @@ class ConvexProblem:
 
 
 class _Batches:
-    """Rows of the batches of all runs and devices, many rounds drawn in one go."""
+    """Rows of the batches of all runs and devices, several rounds drawn in one go and kept."""
 
     def __init__(self, size: IntArray, start: IntArray, batch: int, seeds: IntArray) -> None:
         if batch > size.min():
@@ -215,22 +218,28 @@ class _Batches:
             )
         self._size, self._start, self._batch, self._seeds = size, start, batch, seeds
         self._rounds = max(1, _AHEAD // int(len(seeds) * size.sum()))
-        self._first = -1 - self._rounds
-        self._drawn = torch.empty(0)
+        self._room = max(1, _KEPT // (self._rounds * len(seeds) * len(size) * batch))
+        self._drawn: dict[int, Tensor] = {}  # (rounds, R N, batch), int32
 
     def at(self, k: int) -> Tensor:
-        """Return rows of x, shape (R N, batch), int64."""
-        if not self._first <= k < self._first + self._rounds:
-            rounds = np.arange(k, k + self._rounds)[:, None, None]
-            seeds = self._seeds[None, :, None]
-            drawn = np.empty((self._rounds, len(self._seeds), len(self._size), self._batch), int)
-            for size in np.unique(self._size):
-                which = np.flatnonzero(self._size == size)
-                first = first_batches(seeds, rounds, which, int(size), self._batch)
-                drawn[:, :, which] = self._start[which, None] + first
-            self._first = k
-            self._drawn = torch.from_numpy(drawn.reshape(self._rounds, -1, self._batch))
-        return self._drawn[k - self._first]
+        """Return rows of x, shape (R N, batch), int32."""
+        block, slot = divmod(k, self._rounds)
+        if block not in self._drawn:
+            if len(self._drawn) >= self._room:
+                self._drawn.clear()
+            self._drawn[block] = self._draw(block * self._rounds)
+        return self._drawn[block][slot]
+
+    def _draw(self, first: int) -> Tensor:
+        rounds = np.arange(first, first + self._rounds)[:, None, None]
+        seeds = self._seeds[None, :, None]
+        shape = (self._rounds, len(self._seeds), len(self._size), self._batch)
+        drawn = np.empty(shape, np.int32)
+        for size in np.unique(self._size):
+            which = np.flatnonzero(self._size == size)
+            positions = first_batches(seeds, rounds, which, int(size), self._batch)
+            drawn[:, :, which] = self._start[which, None] + positions
+        return torch.from_numpy(drawn.reshape(self._rounds, -1, self._batch))
 
 
 def problem_of(module: nn.Module, data: DeviceData, loss: str) -> ConvexProblem:

@@ -15,7 +15,7 @@ from fedsim.learning.convex import ConvexProblem, problem_of
 from fedsim.learning.models import linear_regression, logistic_regression, softmax
 from fedsim.learning.trainer import Trainer
 from fedsim.runner import build
-from fedsim.scenario import Scenario
+from fedsim.scenario import Scenario, load_scenario
 
 REFERENCE = Path(__file__).parents[2] / "fedsim" / "reference"
 SIZES = np.array([12, 7, 7, 30])
@@ -178,3 +178,13 @@ def test_a_run_records_the_excess_loss():
 def test_where_there_is_no_known_minimum_the_scenario_is_refused(changes, said):
     with pytest.raises(ScenarioError, match=said):
         build(Scenario.from_mapping(WORLD | changes), "sgd")
+
+
+@pytest.mark.parametrize("letter", ["a", "b"])
+def test_the_scenarios_step_is_the_published_one(letter):
+    path = Path(__file__).parents[2] / f"scenarios/paper/mcm_least_squares_{letter}.yaml"
+    sim = build(load_scenario(path), "mcm")
+    share = {"a": 1 / 4, "b": 1.0}[letter]
+    assert sim.scenario.training.learning_rate * sim.problem.smoothness == pytest.approx(
+        share, rel=1e-5
+    )
