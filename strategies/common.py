@@ -162,8 +162,13 @@ def mean_metrics(replies: Sequence[Message]) -> MetricRecord:
     records = [
         next(r for r in reply.content.values() if isinstance(r, MetricRecord)) for reply in replies
     ]
-    weights = np.array([record["num-examples"] for record in records], np.float64)
     means = MetricRecord()
+    if len(records) == 1:
+        for key, value in records[0].items():
+            if key != "num-examples":
+                means[key] = value
+        return means
+    weights = np.array([record["num-examples"] for record in records], np.float64)
     for key in records[0]:
         if key != "num-examples":
             values = np.array([record[key] for record in records], np.float64)
