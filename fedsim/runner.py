@@ -45,7 +45,13 @@ from fedsim.flower.grid import Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan, training_config
 from fedsim.flower.peers import PeerGraph
 from fedsim.flower.records import array_bytes
-from fedsim.flower.server import initial_arrays, save_arrays, score, score_models
+from fedsim.flower.server import (
+    initial_arrays,
+    save_arrays,
+    save_confusion,
+    score,
+    score_models,
+)
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
 from fedsim.graphs import between_devices, build_graph, peer_graphs
 from fedsim.learning.attacks import Attack, Attacks, choose_attackers, flip_labels
@@ -301,6 +307,11 @@ def _connect(
         sizes = [math.prod(array.shape) for array in arrays if "float" in array.dtype]
         for half in halves_of(made):
             half.check(sizes)
+    loss = trainer.stack.loss
+    if world.evaluation.confusion and (loss.predict is None or trainer.stack.n_classes == 0):
+        raise ScenarioError(
+            f"evaluation.confusion: the loss {loss.name!r} knows no classes to confuse"
+        )
     problem = None
     if world.evaluation.excess_loss:
         with _at("evaluation.excess_loss"):
@@ -794,6 +805,9 @@ def _run_one(
         )
         if recorder.directory is not None:
             save_arrays(recorder.directory / "model.safetensors", outcome.arrays)
+            if scenario.evaluation.confusion:
+                path = recorder.directory / "confusion.csv"
+                save_confusion(path, simulation.trainer, outcome.arrays, scenario.evaluation.on)
         last = recorder.rows[-1] if recorder.rows else None
         tell(last, "diverged" if outcome.diverged else "done", outcome.diverged or "")
     return strategy_result(recorder, summary), ""

@@ -558,6 +558,8 @@ class Evaluation(_Section):
     excess_loss: bool = False
     """Record `strategy.excess_loss`: the devices' mean training loss above its minimum (linear
     and logistic regression)."""
+    confusion: bool = False
+    """Write the last model's confusion matrix, classes taken for others, to `confusion.csv`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -572,6 +574,8 @@ class Evaluation(_Section):
             raise ValueError(f"cost 'charged' needs 'on: devices'; evaluation on {self.on} is free")
         if self.excess_loss and self.on == "devices":
             raise ValueError("excess_loss needs evaluation on common samples, not 'on: devices'")
+        if self.confusion and self.on == "devices":
+            raise ValueError("confusion needs evaluation on common samples, not 'on: devices'")
         return self
 
 

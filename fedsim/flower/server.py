@@ -12,9 +12,10 @@ from fedsim.errors import PayloadError
 from fedsim.flower.records import stack_records, stacked_record
 from fedsim.flower.session import Evaluation, Models
 from fedsim.learning.convex import ConvexProblem
+from fedsim.learning.evaluation import spread
 from fedsim.learning.trainer import Trainer
 
-__all__ = ["initial_arrays", "save_arrays", "score", "score_models"]
+__all__ = ["initial_arrays", "save_arrays", "save_confusion", "score", "score_models"]
 
 
 def initial_arrays(trainer: Trainer) -> ArrayRecord:
@@ -65,7 +66,23 @@ def score_models(trainer: Trainer, models: Models, on: str = "global_test") -> E
     loss, accuracy = trainer.evaluate(rows, *_common_set(trainer, on))
     if np.isnan(accuracy).any():
         return Evaluation(float(loss.mean()))
-    return Evaluation(float(loss.mean()), float(accuracy.mean()), float(accuracy.std()))
+    over = spread(accuracy)
+    return Evaluation(float(loss.mean()), over["mean"], over["std"], over["worst_10_percent"])
+
+
+def save_confusion(path: Path, trainer: Trainer, arrays: ArrayRecord, on: str) -> None:
+    """Write the confusion matrix of a model on a common set as CSV, atomically.
+
+    A line for each true class: the class, then how many of its samples were taken for each class.
+    """
+    model = trainer.layout.flatten(stack_records([arrays]))
+    (counts,) = trainer.confusion(model, *_common_set(trainer, on))
+    classes = range(len(counts))
+    lines = [",".join(["true", *(f"predicted_{c}" for c in classes)])]
+    lines += [",".join(map(str, [c, *counts[c].tolist()])) for c in classes]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    scratch.replace(path)
 
 
 def _common_set(trainer: Trainer, on: str) -> tuple[torch.Tensor, torch.Tensor]:

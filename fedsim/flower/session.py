@@ -31,6 +31,7 @@ from fedsim.errors import NoNodesError, PayloadError
 from fedsim.flower import compat
 from fedsim.flower.collectives import times_of
 from fedsim.flower.grid import NetworkGrid, Traffic
+from fedsim.learning.evaluation import spread
 from fedsim.recorder import RoundRow
 from fedsim.streams import digest
 
@@ -60,6 +61,7 @@ class Evaluation:
     loss: float | None = None
     accuracy: float | None = None
     accuracy_std: float | None = None  # over devices
+    worst_accuracy: float | None = None  # mean of the lowest tenth of the devices
     excess_loss: float | None = None  # F(w) - F* of the training objective
 
 
@@ -384,6 +386,7 @@ class _Books:
         self._bytes += traffic.bytes_down + traffic.bytes_up + traffic.bytes_peer
         if self._scorers.evaluate is None:
             scores = _of_devices(traffic)
+        worst = scores.worst_accuracy
         models = self._scorers.models()
         own = self._scorers.figures()
         train_loss = _mean(traffic.train, "train_loss")
@@ -404,7 +407,12 @@ class _Books:
             devices_selected=len(traffic.selected),
             devices_replied=len(traffic.replied),
             mean_staleness=own.pop("mean_staleness", None),
-            extra={**(extra or {}), **own, **self._counted(traffic)},
+            extra={
+                **(extra or {}),
+                **({} if worst is None else {"accuracy_worst_10_percent": worst}),
+                **own,
+                **self._counted(traffic),
+            },
         )
         self._record(row)
         self.outcome.rounds += 1
@@ -487,8 +495,11 @@ def _of_devices(traffic: Traffic) -> Evaluation:
     """Return the devices' own scores of the model, and the spread of their accuracies."""
     noted = [(device, _scores(metrics)) for device, metrics in traffic.evaluate]
     accuracies = [metrics["eval_accuracy"] for _, metrics in noted if "eval_accuracy" in metrics]
-    spread = float(np.std(accuracies)) if accuracies else None
-    return Evaluation(_mean(noted, "eval_loss"), _mean(noted, "eval_accuracy"), spread)
+    loss, accuracy = _mean(noted, "eval_loss"), _mean(noted, "eval_accuracy")
+    if not accuracies:
+        return Evaluation(loss, accuracy)
+    over = spread(np.array(accuracies, np.float64))
+    return Evaluation(loss, accuracy, over["std"], over["worst_10_percent"])
 
 
 def _mean(noted: list[tuple[int, dict[str, float]]], key: str) -> float | None:

@@ -302,7 +302,9 @@ def test_evaluation_on_devices_and_on_validation():
     federated = fedsim.run(tiny("evaluation={on: devices}"))
     free = fedsim.run(tiny("evaluation={on: devices, cost: free}"))
     name = "linear"
-    assert federated.strategies[name].rounds[-1].accuracy_std > 0
+    last = federated.strategies[name].rounds[-1]
+    assert last.accuracy_std > 0
+    assert 0 <= last.extra["accuracy_worst_10_percent"] < last.eval_accuracy
     times = [r.strategies[name].summary["virtual_time"] for r in (free, federated)]
     assert times[0] < times[1]
     held_out = fedsim.run(tiny("evaluation={on: validation}", "data.validation_fraction=0.2"))
@@ -351,3 +353,15 @@ def test_data_made_on_devices_have_no_common_samples_to_choose_from():
         ScenarioError, match=r"evaluation\.samples: synthetic is made on the devices"
     ):
         fedsim.run(tiny(data={"dataset": "synthetic", "devices": 6}, evaluation={"samples": 9}))
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_last_models_confusion_matrix_is_written(tmp_path):
+    run = fedsim.run(tiny("evaluation.confusion=true"), tmp_path / "out")
+    text = (tmp_path / "out/linear/confusion.csv").read_text().splitlines()
+    counts = np.array([line.split(",")[1:] for line in text[1:]], int)
+    assert [line.split(",")[0] for line in text] == ["true", *map(str, range(10))]
+    share = counts.trace() / counts.sum()
+    assert run.strategies["linear"].rounds[-1].eval_accuracy == pytest.approx(share)
+    with pytest.raises(ScenarioError, match="not 'on: devices'"):
+        tiny("evaluation={on: devices, confusion: true}")

@@ -163,6 +163,7 @@ def test_devices_may_name_their_scores_in_several_ways(name, loss):
     start(FedAvg(), world.grid, world.initial(), rounds=1, seed=1, record=rows.append)
     assert (rows[0].eval_accuracy, rows[0].eval_loss) == (0.25, 2.0)
     assert rows[0].accuracy_std == pytest.approx(np.std([0, 0.25, 0.5]))
+    assert rows[0].extra["accuracy_worst_10_percent"] == 0
 
 
 restless = ClientApp()
