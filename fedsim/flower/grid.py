@@ -256,6 +256,7 @@ class NetworkGrid(Grid):
             fleet,
             plan.Hooks(
                 self._load_vector,
+                self._known_vector,
                 self._post_message,
                 self._observe_peer,
                 self._arrive,
@@ -689,6 +690,11 @@ class NetworkGrid(Grid):
         """Return the size of what a device adds to a collective, whose messages have headers."""
         size = self._weigh(trip)
         return None if size is None else size - self._header_bytes
+
+    def _known_vector(self, trip: Trip) -> int | None:
+        """Return the size of what a device will add, if nothing need be computed to know it."""
+        flight = self._flights.get(trip.message_id)
+        return None if flight is None else flight.known_bytes
 
     def _post_message(self, way: str, size_bytes: int, messages: int = 1) -> None:
         """Count what sets off between devices, or between them and a dedicated server."""

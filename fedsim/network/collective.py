@@ -290,6 +290,9 @@ class _ApartRun(Run[_Apart]):
         trips = [member.trip for member in now.roster]
         if any(math.isnan(trip.computed) for trip in trips):
             return
+        whole, known = sum(bucket.size_bytes for bucket in self.buckets), self._host.hooks.known
+        if any(member.n_ready == 0 and known(member.trip) != whole for member in now.roster):
+            return  # the work of one may fail, or weigh something else
         begin, sizes = self._env.now, tuple(bucket.size_bytes for bucket in self.buckets)
         ready = np.array([self._ready_times(trip) for trip in trips]) - begin
         past = self._recall(sizes, ready)

@@ -135,6 +135,8 @@ class Hooks:
     load : callable
         Asked once for a trip, when its work is done (begun, if overlapped): the size of its vector
         in bytes, or None if its work has failed and there is nothing to add.
+    known : callable
+        Asked for a trip at any time: the same size, if it is certain without doing the work.
     post : callable
         Told the way (``peer``; ``up`` or ``down`` to and from a dedicated server) of messages that
         set off, their bytes and their number.
@@ -147,6 +149,7 @@ class Hooks:
     """
 
     load: Callable[[Trip], int | None]
+    known: Callable[[Trip], int | None]
     post: Callable[[str, int, int], None]
     observe: Callable[[Trip, str, Delivery], None]
     done: Callable[[Trip], None]

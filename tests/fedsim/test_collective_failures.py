@@ -1,5 +1,7 @@
 """Collectives whose links slow down or die, and whose devices go away."""
 
+import gc
+
 import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
@@ -273,3 +275,14 @@ def test_a_round_that_times_out_leaves_the_collective_or_takes_it_off_the_networ
         _, reports = run(world, number=2, collective="ring")
         assert len(reports) == (1 if is_cancelled else 2)
         assert world.grid.now == pytest.approx(2 + 2 * UNIT)
+
+
+@pytest.mark.parametrize("barrier", ["global", "local"])
+def test_a_round_that_is_given_up_and_forgotten_goes_on_by_itself(barrier):
+    world = collective_world(tp.star(4, bandwidth=RATE))
+    ask = {"collective": "ring", "barrier": barrier}
+    assert not world.grid.send_and_receive(asks(world, **ask), timeout=0.5)
+    gc.collect()  # nobody holds the instructions any more
+    world.grid.advance(2.0)
+    (report,) = world.grid.take_traffic().collectives
+    assert report.finished == pytest.approx(1 + 1.5 * UNIT)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from flwr.app import Message
+from flwr.clientapp import ClientApp
 
 import topologies as tp
 from fedsim.devices import EnergyCosts, Intervals
@@ -196,3 +198,23 @@ def test_with_a_timeout_before_the_end_all_is_simulated(sent):
     world.grid.network.transfer(0, 1, SIZE)
     world.grid.advance(1.0)
     assert len(sent) == before + 25
+
+
+@pytest.mark.parametrize("barrier", ["global", "local"])
+def test_what_an_app_replies_is_not_known_before_it_has_worked(barrier, sent):
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        number = message.content["config"]["server-round"]
+        if number == 3 and context.node_config["partition-id"] == 2:
+            raise RuntimeError("out of memory")
+        return Message(message.content, reply_to=message)
+
+    graph = tp.star(3, bandwidth=RATE)
+    world = collective_world(graph, speed=[4.0, 4.0, 2.0], executor="app", app=app)
+    ask = {"collective": "ring", "barrier": barrier, "size": None, "on_device_failure": "shrink"}
+    # Steps of the first two devices come before the third one fails, with a local barrier.
+    counts = simulated(world, sent, 3, **ask)
+    assert counts[:2] == ([12, 0] if barrier == "global" else [12, 12])
+    assert counts[2] == (4 if barrier == "global" else 7)
