@@ -162,17 +162,21 @@ def _global_generators(seed: int) -> Iterator[None]:
 
 
 def check_app(app: object) -> None:
-    """Refuse what is no `ClientApp`.
+    """Refuse what is no `ClientApp`, and one without a train function.
 
     Raises
     ------
     ScenarioError
-        Says what it is instead.
+        Says what it is instead, or what it lacks.
     """
     if not isinstance(app, ClientApp):
         name = f" {app.__qualname__!r}" if hasattr(app, "__qualname__") else ""
         raise ScenarioError(
             f"executor.app: this is a {type(app).__name__}{name}, not a Flower ClientApp"
+        )
+    if not compat.has_train_function(app):
+        raise ScenarioError(
+            "executor.app: this ClientApp has no train function; decorate one with @app.train()"
         )
 
 

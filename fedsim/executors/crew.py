@@ -7,6 +7,7 @@ machine if need be, and repeat its piece: a round is not lost, and its result is
 
 import os
 import pickle
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +163,12 @@ class Crew:
         if ray.is_initialized():
             return
         place = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        host, colon, port = place.rpartition(":")
+        if colon and port.isdigit():  # Ray itself would try for a quarter of an hour
+            try:
+                socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
+            except OSError as error:
+                raise ScenarioError(f"executor.address: no Ray at {place}: {error}") from error
         paths = os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(os.path.isdir, sys.path)]))
         try:
             with _quiet():

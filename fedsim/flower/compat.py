@@ -12,6 +12,8 @@ name                       needed because
 ``Metadata._message_id``   a grid sets it; there is no public setter
 ``Metadata.__dict__``      a hundred replies are made of a first one: the constructor reads the
                            clock and checks each argument, which costs more than local training
+``ClientApp._call``,       whether an app has a train function is told before a run begins
+``._registered_funcs``
 ``TypedDict._data``        a record checks each value as it is set, which costs more than
                            simulating the message; values made here need no check
 =========================  =========================================================
@@ -49,6 +51,7 @@ __all__ = [
     "Run",
     "empty_run",
     "fill",
+    "has_train_function",
     "identity",
     "patched_sleep",
     "quiet_flower",
@@ -79,6 +82,14 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
     """Put values of the right types into a new record without checking each; return it."""
     record.__dict__["_data"].update(values)
     return record
+
+
+def has_train_function(app: object) -> bool:
+    """Return whether a `ClientApp` answers train instructions; True where it cannot be told."""
+    if getattr(app, "_call", None) is not None:  # the old interface, which answers all
+        return True
+    registered = getattr(app, "_registered_funcs", None)
+    return registered is None or any(name.partition(".")[0] == "train" for name in registered)
 
 
 def empty_run(run_id: int = 1) -> Run:

@@ -147,6 +147,17 @@ def test_an_app_that_is_none_is_named_when_it_is_built(name, what):
         runner.build(tutorial(executor=executor))
 
 
+lonely = ClientApp()
+lonely.evaluate()(lambda message, context: None)
+
+
+@pytest.mark.parametrize("kind", ["client_app", "flower"])
+def test_an_app_without_a_train_function_is_refused_when_it_is_built(kind):
+    executor = {"kind": kind, "app": f"{__name__}:lonely"}
+    with pytest.raises(ScenarioError, match=r"executor\.app: this ClientApp has no train function"):
+        runner.build(scenario(executor=executor, strategies={"linear": "fedavg"}))
+
+
 @pytest.mark.parametrize("name", ["eval_accuracy", "eval_acc", "accuracy"])
 @pytest.mark.parametrize("loss", ["eval_loss", "loss"])
 def test_devices_may_name_their_scores_in_several_ways(name, loss):
