@@ -143,7 +143,7 @@ def test_devices_whose_app_fails_start_anew():
     strategy = CompressedSGD(algorithm="artemis", learning_rate=0.01)
     world = make_world(strategy, executor="client_app")
     copies = Copies(world)
-    app, calls = world.executor._app, []
+    app, calls = world.executor.app, []
 
     def failing(message, context):
         calls.append(context.node_id)
@@ -152,7 +152,7 @@ def test_devices_whose_app_fails_start_anew():
             raise RuntimeError("out of memory")
         return app(message=message, context=context)
 
-    world.executor._app = failing
+    world.executor.app = failing
     world.run(9, observe=copies.check)
     sizes = {t.round: t.bytes_down for t in world.trips() if t.device == 2}
     assert sizes[5] == sizes[6] == 6 * 8 > sizes[7]
