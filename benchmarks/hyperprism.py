@@ -7,6 +7,9 @@ Digits, logistic regression, 20 devices, Dirichlet(0.1), a new graph of density 
 target over one grid on the same seeds, which flatters all of them alike. `r85` is the mean number
 of rounds until the devices' own models are right on 85 % of the test set (100 if never), `final`
 the accuracy over the last ten rounds, `best` the best one.
+
+Devices left with fewer than 5 samples get some of those that hold most, as in a scenario. The
+study behind the relations drew such a split again; relation (c) depends on that and is stated so.
 """
 
 import argparse
@@ -84,18 +87,20 @@ class InstantGrid(Grid):
 
 
 @cache
-def trainer_of(alpha: float, seed: int) -> Trainer:
+def trainer_of(alpha: float, seed: int, redraw: bool) -> Trainer:
     dataset = load_digits(test_fraction=0.25, seed=seed, data_dir=None)
-    parts = partition_dirichlet(
-        dataset.y_train, N, rng=np.random.default_rng(seed), alpha=alpha, min_samples=5
-    )
+    rng, parts, least = np.random.default_rng(seed), [], 1 if redraw else 5
+    while min(map(len, parts), default=0) < 5:
+        parts = partition_dirichlet(dataset.y_train, N, rng=rng, alpha=alpha, min_samples=least)
     data = federate(dataset, parts)
     model = build_model(softmax, data.input_shape, data.n_classes, seed=seed)
     return Trainer(model, data, seed=seed)
 
 
-def run(make: Callable[..., Strategy], rate: float, alpha: float, seed: int) -> Curve:
-    trainer = trainer_of(alpha, seed)
+def run(
+    make: Callable[..., Strategy], rate: float, alpha: float, seed: int, *, redraw: bool = False
+) -> Curve:
+    trainer = trainer_of(alpha, seed, redraw)
     graph = redrawn(lambda rng: erdos_renyi(N, 0.5, seed=rng), seed=seed)
     strategy = make(learning_rate=rate, graph=graph, fraction_evaluate=0.0)
     accuracies: list[float] = []
@@ -143,17 +148,22 @@ METHODS: dict[str, Callable] = {
 class Study:
     """Runs each method at each rate once, and says what it reached."""
 
-    def __init__(self, seeds: int, show: Callable[..., None]) -> None:
-        self.seeds, self.show = seeds, show
+    def __init__(self, seeds: int, show: Callable[..., None], *, redraw: bool = False) -> None:
+        self.seeds, self.show, self.redraw = seeds, show, redraw
         self.found: dict[tuple[str, float, float], Curve] = {}
 
     def at(self, method: str, rate: float, alpha: float = 0.1) -> Curve:
         key = method, rate, alpha
         if key not in self.found:
-            runs = [run(METHODS[method], rate, alpha, seed) for seed in range(self.seeds)]
+            runs = [
+                run(METHODS[method], rate, alpha, seed, redraw=self.redraw)
+                for seed in range(self.seeds)
+            ]
             means = np.mean([[c.r85, c.final, c.best, c.degree] for c in runs], axis=0)
             curve = self.found[key] = Curve(*means.round(4).tolist())
-            self.show(method=method, learning_rate=rate, alpha=alpha, **vars(curve))
+            self.show(
+                method=method, learning_rate=rate, alpha=alpha, redrawn=self.redraw, **vars(curve)
+            )
         return self.found[key]
 
     def tuned(self, method: str, rates: tuple[float, ...], what: str, alpha: float = 0.1) -> float:
@@ -171,10 +181,12 @@ def relations(seeds: int, show: Callable[..., None]) -> Iterator[tuple[str, bool
         f"(b) tuned final accuracy: p = 1 {straight:.3f} >= p = 9 {flat:.3f} + 0.01",
         straight >= flat + 0.01,
     )
-    small = [study.at(m, 0.01).best for m in ("linear", "p9")]
+    redrawn_splits = Study(seeds, show, redraw=True)
+    small = [redrawn_splits.at(m, 0.01).best for m in ("linear", "p9")]
+    filled = [study.at(m, 0.01).best for m in ("linear", "p9")]
     yield (
         f"(c) learning rate 0.01, best accuracy: p = 9 {small[1]:.3f} within 0.03 of "
-        f"p = 1 {small[0]:.3f}",
+        f"p = 1 {small[0]:.3f} ({filled[1]:.3f} and {filled[0]:.3f} on splits filled up instead)",
         abs(small[1] - small[0]) <= 0.03,
     )
     duals = [study.tuned(m, DUAL, "best") for m in ("dual 1", "dual 5", "dual 9")]
