@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy.strategy_utils import sample_nodes
 
 from strategies.common import check, show_arguments
+from strategies.compat import sample_nodes
 from strategies.linear import Aggregate, FedAvg
 
 __all__ = ["Oort", "TiFL"]
