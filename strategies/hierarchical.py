@@ -52,10 +52,6 @@ class HierarchicalFedAvg(FedAvg):
        2020, Algorithm 1.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        show_arguments(cls)
-
     def __init__(self, *, cloud_period: int = 5, edges: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check(cloud_period >= 1, "cloud_period", cloud_period, "at least 1")
@@ -153,6 +149,9 @@ class HierarchicalFedAvg(FedAvg):
         models = [self.edge_models[edge] for edge, count in examples.items() if count > 0]
         weights = torch.tensor([x for x in examples.values() if x > 0], dtype=torch.float64)
         return _weighted(models, weights / weights.sum())
+
+
+show_arguments(HierarchicalFedAvg)
 
 
 def _weighted(models: Sequence[Mapping[str, Tensor]], weights: Tensor) -> Tensors:

@@ -19,6 +19,7 @@ LAYERS = [
     {"runner"},
     {"sweep", "whatif", "verify", "wrapped"},
     {"cli", "app"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {

@@ -25,6 +25,7 @@ PRIVATE = {
 }
 ARGUMENTS = {
     "deadline_fedavg": {"deadline": "20 s"},
+    "hierarchical_fedavg": {"edges": 2},
     "bulyan": {"num_malicious_nodes": 0},
     "dp_client_adaptive": PRIVATE | {"initial_clipping_norm": 10.0},
     "dp_client_fixed": PRIVATE | {"clipping_norm": 10.0},

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from fedsim.flower.session import start
+from fedsim.flower.session import Evaluation, start
 from strategies import linear
 from strategies.drift import SCAFFOLD, FedDyn, FedNova
 from tests.fedsim.q8_world import error_of, q8_star
@@ -35,18 +35,11 @@ def run(strategy, rounds, **world):
 
     def evaluate(arrays):
         found[len(found)] = error_of(arrays)
-        return _NOTHING
+        return Evaluation()
 
     outcome = start(strategy, grid, initial, rounds=rounds, seed=1, evaluate=evaluate)
     (array,) = outcome.arrays.values()
     return found, array.numpy().ravel(), grid
-
-
-class _Nothing:
-    loss = accuracy = accuracy_std = None
-
-
-_NOTHING = _Nothing()
 
 
 def marked(names, fast):
