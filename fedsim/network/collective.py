@@ -245,6 +245,8 @@ class _ApartRun(Run[_Apart]):
             if now.script.waits[rank.position % n_steps][number]:
                 rank.ended = self._env.now
             rank.position += 1
+            if rank.position % n_steps > now.script.last[number]:  # no more part in this bucket
+                rank.position += n_steps - rank.position % n_steps
             rank.is_begun = rank.is_sent = False
             if member is not None and rank.position == n_steps * len(self.buckets):
                 self._end_member(now, member)

@@ -121,6 +121,8 @@ class Script:
         Of each step: rank → its messages.
     waits : list of list of int
         Of each step and rank: how many messages it sends and receives.
+    last : list of int
+        Of each rank: the last step that it takes part in.
     """
 
     def __init__(self, plan: Plan, lanes: Lanes) -> None:
@@ -146,6 +148,10 @@ class Script:
             self.rows.append(rows)
             ends = np.concatenate([step.source, step.destination])
             self.waits.append(np.bincount(ends, minlength=schedule.ranks).tolist())
+        self.last = [
+            max((step for step, waits in enumerate(self.waits) if waits[rank]), default=0)
+            for rank in range(schedule.ranks)
+        ]
 
     def _routes(self, number: int, plan: Plan, lanes: Lanes) -> list[Shares]:
         sources = [plan.hosts[a] for a, _, _, _ in self.messages[number]]
