@@ -327,6 +327,12 @@ def _connect(
             executor = make(world, strategy)
     with _at("peers"):
         peers = _build_peers(world, graph)
+        if peers is None and _needs_peers(made):
+            raise ScenarioError(
+                f"peers: strategy '{strategy}' exchanges with neighbours, and the topology "
+                f"'{world.topology.kind}' links no two devices directly; set 'peers', for example "
+                "peers: {kind: ring}"
+            )
     grid = NetworkGrid(
         env,
         network,
@@ -345,6 +351,15 @@ def _connect(
     return Simulation(
         world, strategy, env, network, fleet, trainer, executor, grid, made, crew, problem
     )
+
+
+def _needs_peers(strategy: Any) -> bool:
+    """Return whether a strategy, or one that it wraps, must be told who neighbours are."""
+    while strategy is not None:
+        if getattr(strategy, "needs_peers", False):
+            return True
+        strategy = getattr(strategy, "strategy", None)
+    return False
 
 
 def _check_collective(strategy: object, graph: Graph | None, devices: int) -> None:

@@ -168,6 +168,11 @@ class PeerStrategy(Strategy):
             _check_nodes(graph, n_devices)
         return graph
 
+    @property
+    def needs_peers(self) -> bool:
+        """Whether the network must say who a device's neighbours are."""
+        return self.graph is None
+
     def graph_at(self, number: int) -> Graph | None:
         """Return the graph given, as it is in a round counted from 0."""
         if self.graph is None or isinstance(self.graph, nx.Graph):

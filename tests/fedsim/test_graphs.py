@@ -200,3 +200,12 @@ def test_a_run_on_a_graph_writes_what_a_report_needs(tmp_path):
 
 def peers_of(peers):
     return {key: value for key, value in peers.items() if key != "redraw"}
+
+
+def test_a_strategy_of_neighbours_needs_some_before_anything_runs():
+    star = {"kind": "star", "bandwidth": "1 Mbit/s", "latency": "1 ms"}
+    scenario = Scenario.from_mapping(
+        SMALL | {"topology": star, "strategies": {"a": {"kind": "gossip"}}}
+    )
+    with pytest.raises(ScenarioError, match="peers: strategy 'a' exchanges with neighbours"):
+        runner.check(scenario)
