@@ -43,8 +43,8 @@ def run(strategy, rounds, **world):
 
 
 def marked(names, fast):
-    """Mark all but some as slow."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """Leave all but some to the study; a plain app gives their numbers by default."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.study) for name in names]
 
 
 @pytest.mark.parametrize("name", marked(PLAIN, {"fedavg, K = 5", "fedprox, 1"}))
@@ -61,13 +61,13 @@ def test_the_stated_errors_of_scaffold_through_the_network(name):
     check_errors(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_scaffold_with_two_devices_a_round_finds_the_optimum():
     found, _, _ = run(sampled(SCAFFOLD)(**QUIET), 200, steps=20)
     check_errors(found, {50: 3.2288e-4, 200: 1e-12})
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_one_step_of_fedavg_finds_the_optimum():
     found, _, _ = run(linear.FedAvg(**QUIET), 500, steps=1)
     assert found[500] < 1e-12
