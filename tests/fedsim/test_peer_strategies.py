@@ -223,7 +223,7 @@ def test_every_peer_strategy_runs_from_a_scenario(tmp_path):
         assert summary["final_loss"] < 2.6
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_quickstart_shows_the_early_gain():
     """Rounds to 0.85, mean of three seeds: p = 5 needs at most 0.6 of tuned linear averaging."""
     path = Path(__file__).parents[2] / "scenarios/hyperprism_quickstart.yaml"
