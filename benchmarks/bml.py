@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import fedsim
 from fedsim.learning.threads import one_thread
-from fedsim.runner import build
+from fedsim.simulation import build
 from fedsim.whatif.plots import SETTINGS, save_figure
 from topologies import job_reduction, required_efficiency
 

@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from fedsim.errors import FedsimError
     from fedsim.flower.grid import NetworkGrid
     from fedsim.results import RunResult
-    from fedsim.runner import build, run
+    from fedsim.runner import run
     from fedsim.scenario import Scenario, load_scenario
+    from fedsim.simulation import build
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ _HOME = {
     "NetworkGrid": "fedsim.flower.grid",
     "RunResult": "fedsim.results",
     "Scenario": "fedsim.scenario",
-    "build": "fedsim.runner",
+    "build": "fedsim.simulation",
     "load_scenario": "fedsim.scenario",
     "run": "fedsim.runner",
 }

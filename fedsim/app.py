@@ -24,8 +24,9 @@ from fedsim.executors.clientapp import ClientAppExecutor, call_app
 from fedsim.executors.inner_grid import InnerGridExecutor, find_nodes
 from fedsim.flower.instructions import NODE_BASE, round_of
 from fedsim.learning.threads import one_thread
-from fedsim.runner import Progress, build, run
+from fedsim.runner import Progress, run
 from fedsim.scenario import Scenario, load_scenario
+from fedsim.simulation import build
 from fedsim.streams import bits
 
 __all__ = ["client_app", "server_app"]

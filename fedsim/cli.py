@@ -389,7 +389,7 @@ def validate(
         return
     scenario = _load(file, overrides)
 
-    from fedsim.runner import check
+    from fedsim.simulation import check
 
     with _named_after(file):
         missing = check(scenario, device="cpu", data_dir=data_dir)

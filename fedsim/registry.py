@@ -203,10 +203,10 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "step_decay": "fedsim.learning.schedules:StepDecay",
         },
         "executor": {
-            "client_app": "fedsim.scenario:ClientAppExecution",
-            "flower": "fedsim.scenario:FlowerExecution",
-            "ray": "fedsim.scenario:RayExecution",
-            "vectorised": "fedsim.scenario:VectorisedExecution",
+            "client_app": "fedsim.sections:ClientAppExecution",
+            "flower": "fedsim.sections:FlowerExecution",
+            "ray": "fedsim.sections:RayExecution",
+            "vectorised": "fedsim.sections:VectorisedExecution",
         },
         "speed": {
             "classes": "fedsim.devices:ClassSpeed",

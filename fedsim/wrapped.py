@@ -12,11 +12,13 @@ from fedsim.executors.inner_grid import InnerGridExecutor, find_nodes
 from fedsim.flower.grid import NetworkGrid
 from fedsim.flower.session import watched
 from fedsim.learning.threads import one_thread
+from fedsim.output import describe_world, prepare
 from fedsim.recorder import Recorder, summarise
 from fedsim.report.html import write_report
 from fedsim.results import strategy_result
-from fedsim.runner import Runs, Simulation, build, describe_world, prepare, record_links
+from fedsim.runner import Runs, record_links
 from fedsim.scenario import Scenario, load_scenario
+from fedsim.simulation import Simulation, build
 
 __all__ = ["wrap"]
 

@@ -11,11 +11,14 @@ LAYERS = [
     {"streams", "units"},
     {"registry"},
     {"document", "graphs"},
+    {"sections"},
     {"scenario", "data"},
     {"network", "learning", "devices", "recorder"},
     {"results"},
     {"flower", "report"},
     {"executors"},
+    {"simulation"},
+    {"output"},
     {"runner"},
     {"sweep", "whatif", "verify", "wrapped"},
     {"cli", "app"},
@@ -24,9 +27,9 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {
     "torch": {"data", "learning", "flower", "executors", "strategies", "verify"},
-    "simpy": {"network", "flower", "runner", "verify"},
+    "simpy": {"network", "flower", "simulation", "verify"},
     "flwr": {"flower", "executors", "app", "wrapped", "strategies"},
-    "yaml": {"document", "scenario"},
+    "yaml": {"document"},
     "typer": {"cli"},
 }
 PACKAGES = ("fedsim", "topologies", "strategies")

@@ -20,7 +20,8 @@ from fedsim.flower.instructions import WorkPlan, training_config
 from fedsim.learning.attacks import Attacks
 from fedsim.learning.shares import trainer_on
 from fedsim.learning.trainer import Trainer
-from fedsim.scenario import FlowerExecution, RayExecution, Scenario, Spec
+from fedsim.scenario import Scenario
+from fedsim.sections import FlowerExecution, RayExecution, Spec
 
 __all__ = ["added_config", "halves_of", "make_executor", "make_trainer"]
 

@@ -18,8 +18,8 @@ from fedsim.learning.batches import make_batches
 from fedsim.learning.config import LocalConfig
 from fedsim.learning.threads import one_thread
 from fedsim.network.failures import Failure
-from fedsim.runner import build, check
 from fedsim.scenario import load_scenario
+from fedsim.simulation import build, check
 from strategies.allreduce import AllReduceSGD
 from strategies.reduction import run_schedule, schedule_for
 from tests.fedsim.worlds import digits_trainer, make_world

@@ -13,6 +13,7 @@ from fedsim import app, runner
 from fedsim.errors import NoNodesError, ScenarioError
 from fedsim.executors.inner_grid import InnerGridExecutor, find_nodes
 from fedsim.results import load_run
+from fedsim.simulation import build
 from tests.fedsim.flower_runs import ROOT, flwr_run, running
 from tests.plain_grid import PlainGrid, flower_identity
 
@@ -139,7 +140,7 @@ def test_an_inner_node_that_does_not_reply_is_an_error_reply(tmp_path):
     grid = Deaf(app.client_app, 4, first=70)
     orders = app._Orders
     scenario = fedsim.load_scenario(path, ["network.message_loss=0"])
-    simulation = runner.build(
+    simulation = build(
         scenario,
         "linear",
         executor=lambda world, name: InnerGridExecutor(

@@ -9,11 +9,11 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedsim
-from fedsim import runner
 from fedsim.errors import ScenarioError
 from fedsim.flower.records import FiniteCheck, stacked_record
 from fedsim.learning.attacks import Attack, Attacks, choose_attackers
 from fedsim.scenario import Scenario
+from fedsim.simulation import build
 from tests.fedsim.lethal import app as users_app
 
 WORLD = {
@@ -86,11 +86,11 @@ def test_attackers_are_named_or_drawn_and_never_twice():
 )
 def test_attacks_that_cannot_be_are_refused(entries, why):
     with pytest.raises(ScenarioError, match=why):
-        runner.build(scenario(*entries))
+        build(scenario(*entries))
 
 
 def arrays_of(made, name="mean"):
-    return runner.build(made, name).run().arrays
+    return build(made, name).run().arrays
 
 
 @pytest.mark.parametrize("kind", ["sign_flip", "noise", "free_rider", "label_flip"])
@@ -109,7 +109,7 @@ def test_an_attack_is_the_same_for_every_executor(kind):
 
 
 def test_only_the_labels_of_attackers_are_flipped():
-    made = {name: runner.build(scenario(*attacks)).trainer.data for name, attacks in {
+    made = {name: build(scenario(*attacks)).trainer.data for name, attacks in {
         "honest": (), "attacked": ({"kind": "label_flip", "devices": [3]},),
     }.items()}  # fmt: skip
     honest, attacked = made["honest"], made["attacked"]
@@ -122,10 +122,10 @@ def test_only_the_labels_of_attackers_are_flipped():
 
 def test_a_free_rider_takes_no_time_and_learns_nothing():
     everybody = scenario({"kind": "free_rider", "share": 1.0}, rounds=1)
-    simulation = runner.build(everybody)
+    simulation = build(everybody)
     simulation.run()
     assert simulation.env.now == 0
-    half = runner.build(scenario({"kind": "free_rider", "devices": [0]}, rounds=1))
+    half = build(scenario({"kind": "free_rider", "devices": [0]}, rounds=1))
     half.run()
     assert half.env.now > 0
 
@@ -141,12 +141,12 @@ def test_attackers_in_a_users_app():
     keys = {"executor": executor, "model": "tests.fedsim.tutorial_app:Net", "rounds": 1}
     keys["data"] = {"dataset": "digits", "devices": 2}
     rider = {"kind": "free_rider", "share": 1.0}
-    simulation = runner.build(scenario(rider, **keys))
+    simulation = build(scenario(rider, **keys))
     before = simulation.trainer.initial().numpy()
     after = np.concatenate([a.numpy().ravel() for a in simulation.run().arrays.values()])
     assert np.allclose(before, after, rtol=0, atol=1e-7)
     with pytest.raises(ScenarioError, match="label_flip changes the scenario's data"):
-        runner.build(scenario({"kind": "label_flip", "share": 0.1}, **keys))
+        build(scenario({"kind": "label_flip", "share": 0.1}, **keys))
 
 
 def test_a_nan_is_reported_with_round_and_device_and_ends_the_mean():

@@ -4,8 +4,8 @@ import pytest
 
 import fedsim
 from fedsim.errors import ScenarioError
-from fedsim.runner import build, check
 from fedsim.scenario import Scenario, json_schema
+from fedsim.simulation import build, check
 
 PARAMETERS = 64 * 10 + 10
 

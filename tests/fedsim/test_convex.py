@@ -14,8 +14,8 @@ from fedsim.learning.config import LocalConfig
 from fedsim.learning.convex import ConvexProblem, problem_of
 from fedsim.learning.models import linear_regression, logistic_regression, softmax
 from fedsim.learning.trainer import Trainer
-from fedsim.runner import build
 from fedsim.scenario import Scenario, load_scenario
+from fedsim.simulation import build
 
 REFERENCE = Path(__file__).parents[2] / "fedsim" / "reference"
 SIZES = np.array([12, 7, 7, 30])

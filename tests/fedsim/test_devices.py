@@ -36,8 +36,8 @@ from fedsim.devices.timetables import _mix, toggles_of
 from fedsim.errors import ScenarioError
 from fedsim.network import star_network
 from fedsim.network.exchange import Trip, serve
-from fedsim.runner import build
 from fedsim.scenario import load_scenario
+from fedsim.simulation import build
 from fedsim.streams import mix64
 from fedsim.units import ComputeRate
 

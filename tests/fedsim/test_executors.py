@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import runner
 from fedsim.errors import ScenarioError
 from fedsim.scenario import Scenario
+from fedsim.simulation import build
 
 LETHAL = "tests.fedsim.lethal"
 WORLD = {
@@ -120,7 +120,7 @@ def test_without_ray_the_extra_is_named(kind, monkeypatch):
     monkeypatch.setattr("fedsim.executors.crew.find_spec", lambda name: None)
     made = Scenario.from_mapping(WORLD | {"executor": kind})
     with pytest.raises(ScenarioError, match=rf"^executor.kind: '{kind}' needs Ray.*fedsim\[ray\]"):
-        runner.build(made)
+        build(made)
 
 
 @pytest.mark.parametrize(
@@ -137,12 +137,12 @@ def test_what_a_cluster_cannot_be_is_refused(key, value):
 )
 def test_an_app_that_is_none_is_refused_before_ray_starts(app, why):
     with pytest.raises(ScenarioError, match=rf"executor\.app: .*{why}"):
-        runner.build(Scenario.from_mapping(WORLD | {"executor": {"kind": "flower", "app": app}}))
+        build(Scenario.from_mapping(WORLD | {"executor": {"kind": "flower", "app": app}}))
 
 
 def test_a_cluster_that_is_not_there_is_an_error_at_once():
     executor = {"kind": "ray", "address": "127.0.0.1:1"}
-    simulation = runner.build(Scenario.from_mapping(WORLD | {"executor": executor}))
+    simulation = build(Scenario.from_mapping(WORLD | {"executor": executor}))
     pytest.importorskip("ray", reason='needs Ray: pip install "fedsim[ray]"')
     with pytest.raises(ScenarioError, match=r"executor\.address: no Ray at 127\.0\.0\.1:1"):
         simulation.run()

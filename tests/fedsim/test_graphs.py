@@ -13,6 +13,7 @@ from fedsim.errors import ScenarioError
 from fedsim.flower.session import consensus_distance
 from fedsim.graphs import peer_graphs
 from fedsim.scenario import Scenario
+from fedsim.simulation import check
 
 MIXING = "tests.fedsim.test_neighbours:Mixing"
 SMALL = {
@@ -208,4 +209,4 @@ def test_a_strategy_of_neighbours_needs_some_before_anything_runs():
         SMALL | {"topology": star, "strategies": {"a": {"kind": "gossip"}}}
     )
     with pytest.raises(ScenarioError, match="peers: strategy 'a' exchanges with neighbours"):
-        runner.check(scenario)
+        check(scenario)

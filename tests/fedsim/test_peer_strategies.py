@@ -23,8 +23,9 @@ from fedsim.learning.config import LocalConfig
 from fedsim.learning.models import build_model, quadratic
 from fedsim.learning.trainer import Trainer
 from fedsim.network import graph_network
-from fedsim.runner import build, run
+from fedsim.runner import run
 from fedsim.scenario import load_scenario
+from fedsim.simulation import build
 from strategies.accelerated import ADOM, Mudag
 from strategies.choco import ChocoSGD
 from strategies.gossip import DPSGD

@@ -11,20 +11,18 @@ from hypothesis import strategies as st
 
 from fedsim import registry
 from fedsim.errors import ScenarioError
-from fedsim.scenario import (
+from fedsim.scenario import Scenario, json_schema, load_scenario
+from fedsim.sections import (
     Data,
     Devices,
     Evaluation,
     Lognormal,
     NetworkOptions,
     Record,
-    Scenario,
     Stop,
     Topology,
     Training,
     draw,
-    json_schema,
-    load_scenario,
 )
 
 SMALL = """\

@@ -15,11 +15,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 import fedsim
-from fedsim import runner
 from fedsim.errors import ScenarioError
 from fedsim.flower.compat import identity
 from fedsim.flower.session import start
 from fedsim.scenario import Scenario
+from fedsim.simulation import build
 from tests.fedsim.worlds import make_world
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def private(kind, clipping, **arguments):
 
 
 def distance_moved(made):
-    simulation = runner.build(made)
+    simulation = build(made)
     before = simulation.trainer.initial().numpy()
     arrays = simulation.run().arrays
     after = np.concatenate(
@@ -124,7 +124,7 @@ def test_configs_hold_the_local_work_and_what_the_user_adds():
         "train_config": added | {"learning-rate": 0.01},
     }
     made = scenario(rounds=1, executor=executor, strategies={"linear": "fedavg"})
-    runner.build(Scenario.from_mapping(made.resolved())).run()
+    build(Scenario.from_mapping(made.resolved())).run()
     work = {"batch-size": 16, "local-epochs": 1, "learning-rate": 0.3}
     assert len(NOTED) == 6
     for config, run_config in NOTED:
@@ -144,7 +144,7 @@ def test_a_config_holds_plain_values_only(value):
 def test_an_app_that_is_none_is_named_when_it_is_built(name, what):
     executor = {"kind": "client_app", "app": f"{TUTORIAL}:{name}"}
     with pytest.raises(ScenarioError, match=rf"executor\.app: this is a {what}, not a Flower"):
-        runner.build(tutorial(executor=executor))
+        build(tutorial(executor=executor))
 
 
 lonely = ClientApp()
@@ -155,7 +155,7 @@ lonely.evaluate()(lambda message, context: None)
 def test_an_app_without_a_train_function_is_refused_when_it_is_built(kind):
     executor = {"kind": kind, "app": f"{__name__}:lonely"}
     with pytest.raises(ScenarioError, match=r"executor\.app: this ClientApp has no train function"):
-        runner.build(scenario(executor=executor, strategies={"linear": "fedavg"}))
+        build(scenario(executor=executor, strategies={"linear": "fedavg"}))
 
 
 @pytest.mark.parametrize("name", ["eval_accuracy", "eval_acc", "accuracy"])
@@ -220,7 +220,7 @@ def test_what_an_app_draws_does_not_disturb_who_is_sampled():
     sampled = []
     for executor in ({"kind": "vectorised"}, restless_scenario().executor.spec()):
         made = restless_scenario(rounds=4, executor=executor)
-        simulation = runner.build(made, "one")
+        simulation = build(made, "one")
         simulation.grid.trips = []
         simulation.run()
         sampled.append([(trip.round, trip.device) for trip in simulation.grid.trips])

@@ -14,8 +14,8 @@ import torch
 from fedsim.flower.server import initial_arrays
 from fedsim.flower.session import session
 from fedsim.learning.convex import problem_of
-from fedsim.runner import build
 from fedsim.scenario import load_scenario
+from fedsim.simulation import build
 from strategies.bidirectional import SCHEMES, scheme_of
 from strategies.compression import compressor
 from strategies.mcm_runs import simulate
