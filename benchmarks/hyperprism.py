@@ -9,7 +9,8 @@ of rounds until the devices' own models are right on 85 % of the test set (100 i
 the accuracy over the last ten rounds, `best` the best one.
 
 Devices left with fewer than 5 samples get some of those that hold most, as in a scenario. The
-study behind the relations drew such a split again; relation (c) depends on that and is stated so.
+study behind the relations drew such a split again; relation (c), which depends on that and varies
+by 0.03 from seed to seed, is stated so and for four times the seeds.
 """
 
 import argparse
@@ -181,12 +182,14 @@ def relations(seeds: int, show: Callable[..., None]) -> Iterator[tuple[str, bool
         f"(b) tuned final accuracy: p = 1 {straight:.3f} >= p = 9 {flat:.3f} + 0.01",
         straight >= flat + 0.01,
     )
-    redrawn_splits = Study(seeds, show, redraw=True)
-    small = [redrawn_splits.at(m, 0.01).best for m in ("linear", "p9")]
-    filled = [study.at(m, 0.01).best for m in ("linear", "p9")]
+    small, filled = (
+        [Study(4 * seeds, show, redraw=redraw).at(m, 0.01).best for m in ("linear", "p9")]
+        for redraw in (True, False)
+    )
     yield (
-        f"(c) learning rate 0.01, best accuracy: p = 9 {small[1]:.3f} within 0.03 of "
-        f"p = 1 {small[0]:.3f} ({filled[1]:.3f} and {filled[0]:.3f} on splits filled up instead)",
+        f"(c) learning rate 0.01, {4 * seeds} seeds, best accuracy: p = 9 {small[1]:.3f} within "
+        f"0.03 of p = 1 {small[0]:.3f} ({filled[1]:.3f} and {filled[0]:.3f} on splits filled up "
+        "instead)",
         abs(small[1] - small[0]) <= 0.03,
     )
     duals = [study.tuned(m, DUAL, "best") for m in ("dual 1", "dual 5", "dual 9")]

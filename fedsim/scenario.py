@@ -219,7 +219,12 @@ def _as_json(data: Mapping[str, Any]) -> str:
 
 def _one_each(problems: list[Problem]) -> list[Problem]:
     """Keep the first problem of each place, and none above or below it."""
-    return list({problem.path: problem for problem in reversed(problems)}.values())[::-1]
+    kept: list[Problem] = []
+    for problem in problems:
+        depths = ((other.path, min(len(other.path), len(problem.path))) for other in kept)
+        if all(path[:depth] != problem.path[:depth] for path, depth in depths):
+            kept.append(problem)
+    return kept
 
 
 def _fill_parts(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

@@ -241,10 +241,13 @@ def connect(
     with _at("model"):
         trainer = _build_trainer(world, data, device, crew, attacks)
     with _at(place if world.compression is None else f"{place}: compression"):
-        arrays = initial_arrays(trainer).values()
-        sizes = [math.prod(array.shape) for array in arrays if "float" in array.dtype]
+        arrays = initial_arrays(trainer)
+        sizes = [math.prod(a.shape) for a in arrays.values() if "float" in a.dtype]
         for half in halves_of(made):
             half.check(sizes)
+    if hasattr(made, "check_models"):
+        with _at(place, is_strategy=True):
+            made.check_models(list(arrays), world.data.devices)
     loss = trainer.stack.loss
     if world.evaluation.confusion and (loss.predict is None or trainer.stack.n_classes == 0):
         raise ScenarioError(

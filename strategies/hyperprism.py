@@ -128,14 +128,25 @@ class HyperPrism(PeerStrategy):
         """Whether degrees are learned."""
         return self.mirror is None and isinstance(self.degree, str)
 
+    def check_models(self, names: Sequence[str], n_devices: int) -> None:
+        """Refuse parts that are none of the model's, and degrees that are too few or too many."""
+        parts = part_columns({name: slice(0) for name in names}, self.parts)
+        if isinstance(self.degree, dict) and self.degree.keys() != parts.keys():
+            raise ValueError(
+                f"degree names the parts {', '.join(self.degree)}; the parts are {', '.join(parts)}"
+            )
+        if isinstance(self.degree, list):
+            shape = np.shape(self.degree)
+            if shape not in ((n_devices,), (n_devices, 1), (n_devices, len(parts))):
+                raise ValueError(
+                    f"degree: a list of {len(self.degree)} for {n_devices} devices and "
+                    f"{len(parts)} part(s)"
+                )
+
     def initial(self, models: Tensor, nodes: Sequence[int]) -> State:
         """Remember the models; and what chooses degrees, and the slopes of the last mixing."""
+        self.check_models(list(self.columns), len(models))
         self._columns = part_columns(self.columns, self.parts)
-        if isinstance(self.degree, dict) and self.degree.keys() != self._columns.keys():
-            raise ValueError(
-                f"degree names the parts {', '.join(self.degree)}; the parts are "
-                f"{', '.join(self._columns)}"
-            )
         if not self.is_adaptive:
             return {"models": models}
         new = new_hypernetworks if self.degree == "adaptive" else new_direct
@@ -209,10 +220,6 @@ class HyperPrism(PeerStrategy):
         else:
             given = np.array(self.degree, np.float64)
             given = given[:, None] if given.ndim == 1 else given
-        if given.ndim == 2 and given.shape not in ((n_devices, 1), (n_devices, n_parts)):
-            raise ValueError(
-                f"degree: a list of {len(given)} for {n_devices} devices and {n_parts} part(s)"
-            )
         left = max(0.0, 1 - (self.round - 1) / self.decay_rounds) if self.decay_rounds else 1.0
         now = self.last_degree + (given - self.last_degree) * left
         return torch.from_numpy(np.broadcast_to(now, (n_devices, n_parts)).copy())
@@ -289,5 +296,7 @@ def _check_degrees(degree: Degrees, *, signed: bool) -> None:
             raise ValueError(f"degree = {degree!r}: a number, adaptive or learned")
         return
     given = list(degree.values()) if isinstance(degree, dict) else degree
+    if isinstance(given, list) and len({np.shape(each) for each in given}) > 1:
+        raise ValueError(f"degree = {given!r}: each device needs as many as the others")
     for value in np.ravel(np.array(given, np.float64)).tolist():
         check_degree(value, signed=signed)

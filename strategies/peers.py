@@ -121,6 +121,20 @@ class PeerStrategy(Strategy):
 
     # --- what a method is ---------------------------------------------------------------------
 
+    def check_models(self, names: Sequence[str], n_devices: int) -> None:
+        """Refuse arguments that do not fit the models; for whoever knows them before the start.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Of the arrays of a model, in order.
+        n_devices : int
+
+        Raises
+        ------
+        ValueError
+        """
+
     def initial(self, models: Tensor, nodes: Sequence[int]) -> State:
         """Return what is remembered of devices that start with these models.
 

@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord
 from fedsim.data.federated import federate
 from fedsim.data.synthetic import load_quadratic
 from fedsim.devices import DeviceFleet
+from fedsim.errors import ScenarioError
 from fedsim.executors.clientapp import device_app
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.grid import NODE_BASE, NetworkGrid
@@ -24,8 +25,8 @@ from fedsim.learning.models import build_model, quadratic
 from fedsim.learning.trainer import Trainer
 from fedsim.network import graph_network
 from fedsim.runner import run
-from fedsim.scenario import load_scenario
-from fedsim.simulation import build
+from fedsim.scenario import Scenario, load_scenario
+from fedsim.simulation import build, check
 from strategies.accelerated import ADOM, Mudag
 from strategies.choco import ChocoSGD
 from strategies.gossip import DPSGD
@@ -204,6 +205,27 @@ def test_devices_that_do_not_wait_are_not_held_up_by_a_slow_one():
         assert rows[-1].eval_loss < 2.2
         times.append(world.grid.now)
     assert times[0] < 0.4 * times[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"degree": 3, "parts": {"a": ["conv*"]}}, r"strategies.h: parts.a: 'conv\*' fits no par"),
+        ({"degree": [1, 3]}, r"strategies.h: degree: a list of 2 for 6 devices and 1 part\(s\)"),
+        ({"degree": [[1, 3], [5]]}, r"degree = \[\[1.0, 3.0\], \[5.0\]\]: each device needs"),
+    ],
+)
+def test_degrees_that_fit_no_model_are_refused_before_anything_runs(arguments, message):
+    scenario = Scenario.from_mapping(
+        {
+            "rounds": 1,
+            "data": {"devices": 6},
+            "peers": "ring",
+            "strategies": {"h": {"kind": "hyperprism"} | arguments},
+        }
+    )
+    with pytest.raises(ScenarioError, match=message):
+        check(scenario)
 
 
 def test_every_peer_strategy_runs_from_a_scenario(tmp_path):

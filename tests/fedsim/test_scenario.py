@@ -397,6 +397,12 @@ def test_several_mistakes_are_reported_at_once_in_the_order_of_the_file(said):
     ]
 
 
+def test_what_follows_from_a_mistake_is_not_said(said):
+    """Here that the graph cannot be built either."""
+    text = SMALL + "peers: {kind: fat_tree, k: 4}\n"
+    assert len(said(text).splitlines()) == 3
+
+
 def test_a_mistake_of_the_world_is_not_repeated_for_each_strategy(said):
     entry = "{kind: fedavg, training: {momentum: 0.5}}"
     message = said(SMALL.replace("{kind: fedavg}", entry), "model=softmx")
