@@ -226,9 +226,13 @@ class Quantise(Compressor):
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         sent = norm if self.precision == "float64" else norm.float().to(rows.dtype)
         safe = torch.where(norm == 0, 1.0, norm)
-        level = (rows.abs() / safe).mul_(self.levels).add_(draws(rows.shape[1:], rows.dtype))
-        level = level.floor_().clamp_(max=self.levels).copysign_(rows)
-        return (level / self.levels).mul_(sent), (level, sent[:, 0])
+        level = rows.abs().div_(safe)
+        if self.levels > 1:
+            level.mul_(self.levels)
+        level = level.add_(draws(rows.shape[1:], rows.dtype)).floor_()
+        level = level.clamp_(max=self.levels).copysign_(rows)
+        values = level * sent if self.levels == 1 else (level / self.levels).mul_(sent)
+        return values, (level, sent[:, 0])
 
     def bits(self, codes: Codes, d: int) -> Tensor:
         """See `Compressor`."""
@@ -238,9 +242,13 @@ class Quantise(Compressor):
             body = torch.full_like(norm, d * self._width, dtype=torch.int64)
         else:
             row, gap, column = _gaps(level)
-            size = level[row, column].abs().long()
-            each = omega_lengths(gap) + omega_lengths(size.clamp(1, self.levels)) + 1
-            body = omega_lengths(torch.bincount(row, minlength=len(level)) + 1)
+            each = omega_lengths(gap, d) + 1  # the sign
+            if self.levels == 1:
+                each += 1
+            else:
+                size = level[row, column].abs().long().clamp(1, self.levels)
+                each += omega_lengths(size, self.levels)
+            body = omega_lengths(torch.bincount(row, minlength=len(level)) + 1, d + 1)
             body.index_add_(0, row, each)
         return scale + torch.where(norm == 0, 0, body)
 
@@ -319,8 +327,8 @@ class _Subset(Compressor):
         """See `Compressor`."""
         kept = codes[0]
         row, gap, _ = _gaps(kept)
-        body = omega_lengths(torch.bincount(row, minlength=len(kept)) + 1)
-        return body.index_add_(0, row, omega_lengths(gap) + 8 * _FLOAT[self.precision].itemsize)
+        body = omega_lengths(torch.bincount(row, minlength=len(kept)) + 1, d + 1)
+        return body.index_add_(0, row, omega_lengths(gap, d) + 8 * _FLOAT[self.precision].itemsize)
 
     def encode(self, codes: Codes, row: int) -> bytes:
         """See `Compressor`."""
@@ -640,11 +648,11 @@ class Packed:
     @cached_property
     def sizes(self) -> IntArray:
         """Bytes of each row's message, shape (n,)."""
-        total = np.zeros(len(self.values), np.int64)
+        total = torch.zeros((), dtype=torch.int64)
         for run, codes in self._parts:
-            n_bytes = (self._used.bits(codes, run.size) + 7) // 8
-            total += n_bytes.view(-1, run.count).sum(1).cpu().numpy()
-        return total
+            n_bytes = (self._used.bits(codes, run.size) + 7) >> 3
+            total = total + (n_bytes if run.count == 1 else n_bytes.view(-1, run.count).sum(1))
+        return total.cpu().numpy()
 
     def encode(self, row: int) -> bytes:
         """Return the message of a row: its blocks in order, each padded to a whole byte."""
@@ -805,10 +813,9 @@ def published_bits(levels: int, d: int, n_devices: int) -> float:
 def _gaps(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row, distance to the row's previous one, and column of all that is not zero."""
     row, column = rows.nonzero(as_tuple=True)
-    before = torch.full_like(column, -1)
-    if len(row) > 1:
-        before[1:] = torch.where(row[1:] == row[:-1], column[:-1], -1)
-    return row, column - before, column
+    gap = column + 1
+    gap[1:] -= torch.where(row[1:] == row[:-1], gap[:-1], 0)
+    return row, gap, column
 
 
 def _big_endian(values: Tensor) -> bytes:

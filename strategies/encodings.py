@@ -44,19 +44,23 @@ def omega_codes(numbers: IntArray) -> tuple[NDArray[np.uint64], IntArray]:
 _TABLE = torch.from_numpy(omega_codes(np.maximum(np.arange(4096), 1))[1])
 
 
-def omega_lengths(numbers: torch.Tensor) -> torch.Tensor:
+def omega_lengths(numbers: torch.Tensor, largest: int) -> torch.Tensor:
     """Return the length in bits of the Elias-omega code of each number.
 
     Parameters
     ----------
     numbers : Tensor of int64
-        From 1 to 2**31.
+        From 1 to `largest`.
+    largest : int
+        At most 2**31.
     """
     table = _TABLE.to(numbers.device)
+    if largest < len(table):
+        return table[numbers]
     lengths = table[numbers.clamp(max=len(table) - 1)]
-    if numbers.numel() and (large := numbers >= len(table)).any():
-        bits = torch.frexp(numbers[large].double())[1].long()
-        lengths[large] = table[bits - 1] + bits
+    large = numbers >= len(table)
+    bits = torch.frexp(numbers[large].double())[1].long()
+    lengths[large] = table[bits - 1] + bits
     return lengths
 
 

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -40,6 +39,7 @@ from strategies.bidirectional import (
     scheme_of,
     upload,
 )
+from strategies.common import RowArray
 from strategies.compat import sample_nodes
 from strategies.compression import EncodedArray, Identity, Packed, compressor, pack
 from strategies.halves import DeviceHalf, Draws, Payload, Tensors, stacked
@@ -577,7 +577,7 @@ class CompressedSGD(flower.FedAvg):
         record = ArrayRecord()
         for key, value in shaped(model[None], self._template).items():
             is_moved = value.is_floating_point()
-            record[key] = Array(value[0].cpu().numpy()) if is_moved else self._initial[key]
+            record[key] = RowArray(value, 0) if is_moved else self._initial[key]
         return record
 
     # --- what they reply ----------------------------------------------------------------------

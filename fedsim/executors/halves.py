@@ -2,25 +2,26 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsim.errors import PayloadError
 from fedsim.flower import compat
-from fedsim.flower.instructions import WorkPlan, round_of, server_round
-from fedsim.flower.records import LazyArray, LazyArrayRecord, stack_records, stacked_record
-from fedsim.learning.config import LocalTerms
+from fedsim.flower.instructions import WorkPlan, round_of, server_round, wants_steps
+from fedsim.flower.records import LazyArray, LazyArrayRecord
+from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.layout import Layout
+from fedsim.learning.trainer import Trainer
 
 __all__ = ["DeviceHalf", "DeviceWork", "HalvesOfDevices", "joined_terms"]
 
 Tensors = dict[str, Tensor]
-Work = Callable[[Sequence[Message], Sequence[int], LocalTerms | None], list[RecordDict]]
+Evaluate = Callable[[Sequence[Message], Sequence[int]], list[RecordDict]]
+_NO_STATES: tuple[list[Tensors], int] = [], 0
 _SPREAD = 4  # rows kept alive for each row in use before states are gathered anew
 
 
@@ -87,19 +88,16 @@ class HalvesOfDevices:
     Parameters
     ----------
     halves : sequence of DeviceHalf
+    trainer : Trainer
+        Does the local work.
     plan : WorkPlan
         Reads instructions.
-    layout : Layout
-        Of the model.
-    place : torch.device
-        Where tensors are worked on.
     """
 
-    def __init__(
-        self, halves: Sequence[DeviceHalf], plan: WorkPlan, layout: Layout, place: torch.device
-    ) -> None:
+    def __init__(self, halves: Sequence[DeviceHalf], trainer: Trainer, plan: WorkPlan) -> None:
         self._halves = tuple(halves)
-        self._plan, self._layout, self._place = plan, layout, place
+        self._trainer, self._plan = trainer, plan
+        self._place = trainer.stack.device
         # Of each device: the states of a batch, one for each half, and its row there.
         self._states: dict[int, tuple[list[Tensors], int]] = {}
         self._open: dict[str, tuple[int, list[Tensors], int]] = {}
@@ -131,60 +129,76 @@ class HalvesOfDevices:
         }
 
     def around(
-        self, work: Work, messages: Sequence[Message], devices: Sequence[int]
+        self, evaluate: Evaluate, messages: Sequence[Message], devices: Sequence[int]
     ) -> list[RecordDict]:
-        """Return the contents of the replies: receive, work, reply.
+        """Return the contents of the replies: receive, train, reply; or a plain evaluation.
+
+        Models go from half to trainer and back as rows, without a message for each.
 
         Parameters
         ----------
-        work : callable
-            ``(messages, devices, terms) -> contents`` of plain training and evaluation.
+        evaluate : callable
+            ``(messages, devices) -> contents`` of instructions that are not for the halves.
         messages, devices
             Instructions, and the device of each.
         """
-        groups: dict[Any, list[int]] = defaultdict(list)
-        structures: dict[int, Any] = {}  # many messages share one content
-        for i, message in enumerate(messages):
-            if message.metadata.message_type.startswith("train"):
-                groups[self._likeness(message, structures)].append(i)
-        inner = list(messages)
+        layout = self._trainer.layout
         contents: list[RecordDict] = [RecordDict()] * len(messages)
+        groups, others = self._alike(messages)
+        if others:
+            done = evaluate([messages[i] for i in others], [devices[i] for i in others])
+            for i, content in zip(others, done, strict=True):
+                contents[i] = content
         batches = []
-        together = dict.fromkeys(range(len(messages)))  # without terms: one call for all
-        for rows in groups.values():
+        together: dict[LocalConfig, list[_Batch]] = defaultdict(list)  # those without terms
+        for rows in groups:
             batch = _Batch(
                 [messages[i] for i in rows], [devices[i] for i in rows], self._halves, self._place
             )
-            batch.states = self._gather(
-                [messages[i].metadata.dst_node_id for i in rows], self._place
-            )
-            for i, message in zip(rows, batch.receive(), strict=True):
-                inner[i] = message
+            batch.states = self._gather(batch.nodes, self._place)
+            batch.receive(layout)
             batches.append((rows, batch))
-            terms = joined_terms(batch.local(), self._layout)
-            if terms is not None:
+            config = self._plan.local_config(batch.content)
+            terms = joined_terms(batch.local(), layout)
+            if terms is None:
+                together[config].append(batch)
+            else:
                 batch.note_work(self._plan)
-                _place(contents, rows, work, inner, devices, terms)
-                for i in rows:
-                    del together[i]
-        _place(contents, list(together), work, inner, devices)
+                _train(self._trainer, config, [batch], terms)
+        for config, alike in together.items():
+            _train(self._trainer, config, alike, LocalTerms())
         for rows, batch in batches:
-            for i, content in zip(rows, batch.reply([contents[i] for i in rows]), strict=True):
+            for row, (i, content) in enumerate(zip(rows, batch.reply(), strict=True)):
                 contents[i] = content
-            for row, i in enumerate(rows):
-                meta = messages[i].metadata
-                self._open[meta.message_id] = meta.dst_node_id, batch.states, row
-                self._busy[meta.dst_node_id] = self._busy.get(meta.dst_node_id, 0) + 1
+                node = batch.nodes[row]
+                self._open[messages[i].metadata.message_id] = node, batch.states, row
+                self._busy[node] = self._busy.get(node, 0) + 1
         self._compact()
         return contents
 
-    def _likeness(self, message: Message, structures: dict[int, Any]) -> Any:
-        """Return what all rows of a call have in common: config, arrays, entries of the state."""
-        content = message.content
-        if id(content) not in structures:
-            structures[id(content)] = _structure(content)
-        states, _ = self._states.get(message.metadata.dst_node_id, ([], 0))
-        return structures[id(content)], tuple(tuple(state) for state in states)
+    def _alike(self, messages: Sequence[Message]) -> tuple[list[list[int]], list[int]]:
+        """Return the train instructions that one call serves, and the others.
+
+        All rows of a call have the same config, arrays and entries in their states.
+        """
+        groups: dict[Any, list[int]] = defaultdict(list)
+        others = []
+        structures: dict[int, Any] = {}  # many messages share one content, ...
+        numbers: dict[Any, int] = {}
+        entries: dict[int, Any] = {}  # ... and many devices one batch of states
+        for i, message in enumerate(messages):
+            meta, content = message.metadata, message.content
+            if not meta.message_type.startswith("train"):
+                others.append(i)
+                continue
+            if id(content) not in structures:
+                structure = _structure(content)
+                structures[id(content)] = numbers.setdefault(structure, len(numbers))
+            states, _ = self._states.get(meta.dst_node_id, _NO_STATES)
+            if id(states) not in entries:
+                entries[id(states)] = tuple(tuple(state) for state in states)
+            groups[structures[id(content)], entries[id(states)]].append(i)
+        return list(groups.values()), others
 
     def _gather(self, nodes: Sequence[int], place: torch.device) -> list[Tensors]:
         """Return the states of some devices as rows of one batch."""
@@ -228,6 +242,10 @@ class _Batch:
     """Rows with one config, the same arrays and the same entries in their state."""
 
     states: list[Tensors]
+    model: Tensor  # to work on, (n, P)
+    name: str  # of what came of it
+    work: Tensors  # (n, ...)
+    metrics: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -236,36 +254,35 @@ class _Batch:
         halves: Sequence[DeviceHalf],
         place: torch.device,
     ) -> None:
-        self._messages = messages
-        self._devices = devices
+        self.devices = np.array(devices, np.int64)
+        self.nodes = [message.metadata.dst_node_id for message in messages]
+        self._contents = [message.content for message in messages]
+        self.content = self._contents[0]
         self._halves = halves
         self._place = place
-        self._config = _config(messages[0].content)
-        number = server_round(messages[0].content)
-        rounds = [round_of(m) for m in messages] if number is None else [number] * len(messages)
-        self._draws = [half.draws(rounds, devices, place) for half in halves]
+        self._config = _config(self.content)
+        number = server_round(self.content)
+        if number is None:
+            self.rounds = np.array([round_of(message) for message in messages], np.int64)
+            drawn = self.rounds
+        else:
+            self.rounds = np.full(len(messages), round_of(messages[0]), np.int64)
+            drawn = np.full(len(messages), number, np.int64)
+        self._draws = [half.draws(drawn, self.devices, place) for half in halves]
 
-    def receive(self) -> list[Message]:
-        """Return the instructions as the trainer reads them: with the models to work on."""
+    def receive(self, layout: Layout) -> None:
+        """Let the halves make the models to work on."""
         states = []
-        arrays = self._unpacked([message.content for message in self._messages])
+        arrays = self._unpacked(self._contents)
         for half, state, draws in zip(self._halves, self.states, self._draws, strict=True):
             arrays, state = half.receive(arrays, state, self._config, draws)
             states.append(state)
         self.states = states
-        others: dict[int, dict[str, Any]] = {}
-        inner = []
-        for row, message in enumerate(self._messages):
-            content = message.content
-            if id(content) not in others:
-                kept = {k: r for k, r in content.items() if not isinstance(r, ArrayRecord)}
-                others[id(content)] = kept
-            records: dict[str, Any] = {"arrays": stacked_record(arrays, row)}
-            records |= others[id(content)]
-            instruction = copy(message)
-            instruction.content = compat.fill(RecordDict(), records)
-            inner.append(instruction)
-        return inner
+        if list(arrays) != list(layout.names):
+            raise PayloadError(
+                f"a message carries the arrays {list(arrays)}, the model has {list(layout.names)}"
+            )
+        self.model = layout.flatten(arrays)
 
     def _unpacked(self, contents: Sequence[RecordDict]) -> Tensors:
         """Return the arrays of instructions; of one content for all they are read once."""
@@ -283,17 +300,13 @@ class _Batch:
 
     def note_work(self, plan: WorkPlan) -> None:
         """Let `reply` know how many steps the devices make, and at which rate."""
-        rounds = np.array([round_of(message) for message in self._messages], np.int64)
-        steps, rates = plan.steps_and_rates(
-            self._messages[0].content, np.asarray(self._devices, np.int64), rounds
-        )
+        steps, rates = plan.steps_and_rates(self.content, self.devices, self.rounds)
         made = {"steps-made": torch.from_numpy(steps), "rate-used": torch.from_numpy(rates)}
         self._config |= _moved(made, self._place)
 
-    def reply(self, contents: Sequence[RecordDict]) -> list[RecordDict]:
+    def reply(self) -> list[RecordDict]:
         """Return what is sent of the work's results; the states move on."""
-        name = "gradients" if "gradients" in contents[0] else "arrays"
-        work: Mapping[str, Any] = stack_records([content[name] for content in contents])  # type: ignore[misc]
+        work: Mapping[str, Any] = self.work
         states = list(self.states)
         for h in range(len(self._halves) - 1, -1, -1):
             work, states[h] = self._halves[h].reply(
@@ -302,14 +315,16 @@ class _Batch:
         self.states = states
         applied = ConfigRecord({"halves": [half.name for half in reversed(self._halves)]})
         replies = []
-        for row, content in enumerate(contents):
+        for row, metrics in enumerate(self.metrics):
             arrays = {
                 key: LazyArray(value, row) if isinstance(value, Tensor) else value.array(row)
                 for key, value in work.items()
             }
-            records: dict[str, Any] = {name: compat.fill(LazyArrayRecord(), arrays)}
-            records |= {k: r for k, r in content.items() if k != name}
-            records["applied"] = applied
+            records: dict[str, Any] = {
+                self.name: compat.fill(LazyArrayRecord(), arrays),
+                "metrics": compat.fill(MetricRecord(), metrics),
+                "applied": applied,
+            }
             replies.append(compat.fill(RecordDict(), records))
         return replies
 
@@ -369,20 +384,31 @@ def _matrix(tensors: Tensors, layout: Layout) -> Tensor:
     return layout.flatten(full)
 
 
-def _place(
-    contents: list[RecordDict],
-    rows: Sequence[int],
-    work: Work,
-    messages: Sequence[Message],
-    devices: Sequence[int],
-    terms: LocalTerms | None = None,
+def _train(
+    trainer: Trainer, config: LocalConfig, batches: Sequence[_Batch], terms: LocalTerms
 ) -> None:
-    """Have these rows worked on, and put what they give into their places."""
-    if not rows:
-        return
-    done = work([messages[i] for i in rows], [devices[i] for i in rows], terms)
-    for i, content in zip(rows, done, strict=True):
-        contents[i] = content
+    """Train the rows of some batches in one call; each gets its part of what came of it."""
+    models = [batch.model for batch in batches]
+    base = models[0] if len(models) == 1 else torch.cat(models)
+    devices = np.concatenate([batch.devices for batch in batches])
+    rounds = np.concatenate([batch.rounds for batch in batches])
+    result = trainer.train(base, np.arange(len(base)), devices, rounds, config, terms=terms)
+    assert result.params is not None
+    samples = trainer.data.size[devices].tolist()
+    metrics: list[dict[str, Any]] = [
+        {"num-examples": n, "train_loss": loss}
+        for n, loss in zip(samples, result.loss.tolist(), strict=True)
+    ]
+    start = 0
+    for batch in batches:
+        part = slice(start, start + len(batch.devices))
+        start = part.stop
+        batch.name = "gradients" if config.mode == "gradient" else "arrays"
+        batch.work = trainer.layout.views(result.params[part])
+        batch.metrics = metrics[part]
+        if wants_steps(batch.content):
+            for row, steps in zip(batch.metrics, result.steps[part].tolist(), strict=True):
+                row["local_steps"] = steps
 
 
 def _structure(content: RecordDict) -> Any:

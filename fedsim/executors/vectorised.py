@@ -59,8 +59,7 @@ class VectorisedExecutor:
         self._weighed: tuple[RecordDict | None, int] = None, 0
         self._halves = None
         if halves:
-            place = trainer.stack.device
-            self._halves = HalvesOfDevices(halves, plan, trainer.layout, place)
+            self._halves = HalvesOfDevices(halves, trainer, plan)
 
     def reply_bytes(self, message: Message) -> int | None:
         """Return the dense payload of the reply: a trained model is as large as the one sent.
@@ -95,11 +94,11 @@ class VectorisedExecutor:
             model.
         """
         devices = [message.metadata.dst_node_id - self._node_base for message in messages]
-        work = partial(train_or_evaluate, self._trainer, self._plan)
+        evaluate = partial(train_or_evaluate, self._trainer, self._plan)
         if self._halves is None:
-            contents = work(messages, devices)
+            contents = evaluate(messages, devices)
         else:
-            contents = self._halves.around(work, messages, devices)
+            contents = self._halves.around(evaluate, messages, devices)
         return compat.replies_to(messages, contents)
 
 

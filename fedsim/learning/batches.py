@@ -69,6 +69,9 @@ def make_batches(
     drop_last : bool
         Leave out an epoch's last batch if it is short.
     """
+    is_one_size = (size == size[0]).all() and (batch == batch[0]).all()
+    if steps[0] == 1 and is_one_size and batch[0] < size[0] < 1 << _SEGMENT_BITS:
+        return _one_step(seed, rounds, devices, start, int(size[0]), int(batch[0]))
     per_epoch = size // batch if drop_last else -(-size // batch)
     epochs = -(-steps // per_epoch)
     width = int(batch.max())
@@ -107,14 +110,30 @@ def make_batches(
     return Batches(width, active, offset, index, weight, count)
 
 
+def _one_step(
+    seed: int, rounds: IntArray, devices: IntArray, start: IntArray, size: int, batch: int
+) -> Batches:
+    """Return the batches of one step of devices of one size, without sorting all their samples."""
+    k = len(devices)
+    chosen = start[:, None] + first_batches(seed, rounds, devices, size, batch)
+    return Batches(
+        width=batch,
+        active=np.array([k]),
+        offset=np.array([0]),
+        index=chosen.reshape(-1),
+        weight=np.full(k * batch, 1.0 / batch),
+        count=np.full(k, batch),
+    )
+
+
 def first_batches(
-    seed: IntArray, rounds: IntArray, devices: IntArray, size: int, batch: int
+    seed: int | IntArray, rounds: IntArray, devices: IntArray, size: int, batch: int
 ) -> IntArray:
     """Return the first batches of `make_batches` of devices of one size, without all the others.
 
     Parameters
     ----------
-    seed, rounds, devices : ndarray of int64
+    seed, rounds, devices : int or ndarray of int64
         They broadcast to a common shape.
     size : int
         Samples of each device.
@@ -127,7 +146,7 @@ def first_batches(
         Positions among the device's samples, in the order of `make_batches`.
     """
     if batch == size:
-        shape = np.broadcast_shapes(seed.shape, rounds.shape, devices.shape)
+        shape = np.broadcast_shapes(np.shape(seed), rounds.shape, devices.shape)
         return np.broadcast_to(np.arange(size), (*shape, size))
     key = bits(seed, "sample-order", rounds, 0, devices)
     rank = np.arange(size, dtype=np.uint64)

@@ -49,7 +49,15 @@ class Batch:
 
 
 class Kernel(Protocol):
-    """Gradients of the first k devices of a bound chunk."""
+    """Gradients of the first k devices of a bound chunk.
+
+    Attributes
+    ----------
+    draws : bool
+        Whether the keys of a batch may matter.
+    """
+
+    draws: bool
 
     def bind(self, state: State, *, shared: bool) -> None:
         """Use these stacked tensors `(c, *shape)`; `shared`: one row that serves all devices."""
@@ -69,6 +77,7 @@ class LinearKernel:
             raise ValueError(f"loss {loss.name!r} has no hand-written gradient")
         self.layers = [layer for layer in layers if layer.kind != "flatten"]
         self.first = next(i for i, layer in enumerate(self.layers) if layer.kind == "linear")
+        self.draws = any(layer.kind == "dropout" for layer in self.layers)
         self.trained = layout.parameters
         self.loss_gradient = loss.gradient
         self.state: State = {}
@@ -182,6 +191,8 @@ def _slope(kind: str, output: Tensor) -> Tensor:
 
 class VmapKernel:
     """Any module, mapped over the device axis."""
+
+    draws = True
 
     def __init__(self, stack: ModelStack, extra_loss: ExtraLoss | None = None) -> None:
         self.layout = stack.layout

@@ -443,7 +443,10 @@ class Trainer:
         index = torch.from_numpy(batches.index).to(device)
         weights = torch.from_numpy(batches.weight).to(device, stack.dtype)
         labels = work.y.index_select(0, index)
-        keys = self._keys(work, rows, len(batches.active)).to(device)
+        keys = torch.zeros(1, 1, dtype=torch.int64).expand(len(batches.active), len(rows))
+        if kernel.draws:
+            keys = self._keys(work, rows, len(batches.active))
+        keys = keys.to(device)
         extra = {n: v[torch.from_numpy(rows)].to(device) for n, v in work.terms.rows.items()}
         losses = torch.zeros(len(rows), dtype=stack.dtype, device=device)
         width = batches.width
