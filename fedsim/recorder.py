@@ -118,14 +118,16 @@ class RoundRow:
 
     def __post_init__(self) -> None:
         for name in self.COUNTS:
-            object.__setattr__(self, name, int(getattr(self, name)))
+            if type(getattr(self, name)) is not int:
+                object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("virtual_time", "wall_time"):
             seconds = float(getattr(self, name))
             if not math.isfinite(seconds):
                 raise ValueError(f"round {self.round}: {name} is {seconds}, it must be finite")
             object.__setattr__(self, name, seconds)
         for name in self.MEASURES:
-            object.__setattr__(self, name, _finite(getattr(self, name)))
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _finite(getattr(self, name)))
         object.__setattr__(self, "extra", {k: _plain(v) for k, v in self.extra.items()})
 
     @property

@@ -30,7 +30,7 @@ from strategies.common import (
     show_arguments,
     tensor_of,
 )
-from strategies.compat import log
+from strategies.compat import fill, log
 from strategies.inflight import InFlight
 
 __all__ = ["AsyncStrategy", "DeadlineFedAvg", "FedAsync", "FedBuff", "Staleness", "Update"]
@@ -247,13 +247,13 @@ class AsyncStrategy(Strategy):
         version, repeats = self._asked.get(node, (-1, -1))
         repeats = repeats + 1 if version == self.version else 0
         self._asked[node] = self.version, repeats
-        asked = config.copy()
-        asked["server-round"] = self.version + 1
+        own: dict[str, float] = {"server-round": self.version + 1}
         if repeats:
-            asked["repeat"] = repeats
+            own["repeat"] = repeats
         if self.proximal_mu:
-            asked["proximal-mu"] = self.proximal_mu
-        content = RecordDict({"arrays": self.arrays, "config": asked})
+            own["proximal-mu"] = self.proximal_mu
+        asked = fill(config.copy(), own)
+        content = fill(RecordDict(), {"arrays": self.arrays, "config": asked})
         return Message(content, dst_node_id=node, message_type="train")
 
     def aggregate_train(
@@ -339,8 +339,8 @@ class AsyncStrategy(Strategy):
             "updates": float(len(updates)),
             "updates_dropped": float(self._dropped),
         }
-        for key in ("mean_staleness", "updates_dropped"):
-            self._metrics[key] = self.round_metrics[key]
+        told = {key: self.round_metrics[key] for key in ("mean_staleness", "updates_dropped")}
+        fill(self._metrics, told)
         self._open, self._dropped = [], 0
         return self.version
 

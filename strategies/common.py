@@ -9,6 +9,8 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
+from strategies.compat import fill
+
 __all__ = [
     "RowArray",
     "check",
@@ -72,13 +74,10 @@ class RowArray(Array):
 
 def row_records(stacks: Mapping[str, torch.Tensor], rows: Sequence[int]) -> list[ArrayRecord]:
     """Return one record for each of `rows`, its arrays rows of `stacks` ``(n, *shape)``."""
-    records = []
-    for row in rows:
-        record = ArrayRecord()
-        for key, stack in stacks.items():
-            record[key] = RowArray(stack, row)
-        records.append(record)
-    return records
+    return [
+        fill(ArrayRecord(), {key: RowArray(stack, row) for key, stack in stacks.items()})
+        for row in rows
+    ]
 
 
 def record_of(reply: Message) -> ArrayRecord:
@@ -162,18 +161,16 @@ def mean_metrics(replies: Sequence[Message]) -> MetricRecord:
     records = [
         next(r for r in reply.content.values() if isinstance(r, MetricRecord)) for reply in replies
     ]
-    means = MetricRecord()
     if len(records) == 1:
-        for key, value in records[0].items():
-            if key != "num-examples":
-                means[key] = value
-        return means
+        own = {key: value for key, value in records[0].items() if key != "num-examples"}
+        return fill(MetricRecord(), own)
     weights = np.array([record["num-examples"] for record in records], np.float64)
+    means = {}
     for key in records[0]:
         if key != "num-examples":
             values = np.array([record[key] for record in records], np.float64)
             means[key] = (weights @ values / weights.sum()).tolist()
-    return means
+    return fill(MetricRecord(), means)
 
 
 def _columns(replies: Sequence[Message]) -> dict[str, list[Array]]:

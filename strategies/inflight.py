@@ -1,8 +1,9 @@
 """Instructions under way: who is busy, since when, and with which version of the model.
 
 What asynchronous and deadline strategies need of a grid, whatever the grid: a simulated one tells
-the virtual time (`now`), waits in it, and knows which messages are lost (`is_lost`); Flower's own
-answer at once, with an error reply for what is lost, and are asked again a little later.
+the virtual time (`now`), waits in it, and knows which messages are lost (`lost_messages`);
+Flower's own answer at once, with an error reply for what is lost, and are asked again a little
+later.
 """
 
 import hashlib
@@ -165,10 +166,9 @@ class InFlight:
         ]
         if not known and not self._is_virtual:
             time.sleep(_POLL)
-        losses = getattr(self.grid, "n_lost", None)
-        if losses is None or losses != self._seen_losses:
-            self._seen_losses = losses or 0
-            is_lost = getattr(self.grid, "is_lost", lambda _: False)
-            for message_id in [i for i in self._nodes if is_lost(i)]:
+        lost: Set[str] = getattr(self.grid, "lost_messages", frozenset())
+        if len(lost) != self._seen_losses:
+            self._seen_losses = len(lost)
+            for message_id in [i for i in self._nodes if i in lost]:
                 self.free(self._nodes.pop(message_id))
         return known

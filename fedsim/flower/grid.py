@@ -39,12 +39,10 @@ from fedsim.flower.instructions import (
 from fedsim.flower.peers import PeerGraph, agreed_manners, check_node, group, peers_of, received
 from fedsim.flower.records import (
     FiniteCheck,
-    cast_like,
+    Intake,
     flower_bytes,
     payload_bytes,
     release_rows,
-    snapshot,
-    template_of,
 )
 from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network import Delivery, Network, edges, plan
@@ -244,7 +242,8 @@ class NetworkGrid(Grid):
         self._header_bytes = header_bytes
         self._count = flower_bytes if accounting == "flower" else payload_bytes
         self._is_dense = accounting == "dense"
-        self._keep_dtypes = keep_dtypes
+        self._intake = Intake(accounting, keep_dtypes=keep_dtypes)
+        self._is_finite = FiniteCheck()
         self._free_evaluation = free_evaluation
         self._cancel_late = cancel_late
         self._peers = peers
@@ -264,7 +263,6 @@ class NetworkGrid(Grid):
             ),
             header_bytes=header_bytes,
         )
-        self._template: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._run = compat.empty_run()
         self._n_pushed = 0
         self._round = 0
@@ -435,9 +433,9 @@ class NetworkGrid(Grid):
         return message_id in self._lost
 
     @property
-    def n_lost(self) -> int:
-        """How many instructions can never have a reply, so far."""
-        return len(self._lost)
+    def lost_messages(self) -> Set[str]:
+        """The ids of all instructions that can never have a reply, so far: a view, not a copy."""
+        return self._lost
 
     def wait(self, message_ids: Iterable[str], *, timeout: float) -> None:
         """Advance virtual time until these are answered or lost, at most `timeout` seconds."""
@@ -480,16 +478,11 @@ class NetworkGrid(Grid):
     def _load(self, content: RecordDict) -> _Cargo:
         """Copy and weigh what all messages with this content carry."""
         exchange = read_exchange(content)
-        copied = snapshot(content)
-        if self._keep_dtypes:
-            records = (r for r in copied.values() if isinstance(r, ArrayRecord))
-            self._template = self._template or template_of(records)
-            if n_cast := cast_like(copied, self._template):
-                _log.info("cast %d array(s) on the way down to the dtype they first had", n_cast)
+        copied, size_bytes = self._intake(content)
         return _Cargo(
             content=copied,
             config=self._work.local_config(copied),
-            size_bytes=self._count(copied),
+            size_bytes=size_bytes,
             exchange=exchange,
             round=server_round(copied),
         )
@@ -834,13 +827,12 @@ class NetworkGrid(Grid):
             known = self._uncomputed.keys() | {flight.trip.message_id for flight in late}
             self._compute([*late, *(s for s in senders if s.trip.message_id not in known)])
         replies, errors = [], []
-        is_finite = FiniteCheck()
         for flight in ready:
             assert flight.reply is not None
             del self._flights[flight.trip.message_id]
             flight.trip.is_closed = True
             self._note(flight)
-            self._screen(flight, is_finite)
+            self._screen(flight)
             replies.append(flight.reply)
             if flight.trip.outcome == "error":
                 errors.append(f"device {flight.trip.device}: {flight.reply.error.reason}")
@@ -850,13 +842,13 @@ class NetworkGrid(Grid):
             _log.warning("%d of %d are error replies; %s", len(errors), len(replies), errors[0])
         return replies
 
-    def _screen(self, flight: _Flight, is_finite: FiniteCheck) -> None:
+    def _screen(self, flight: _Flight) -> None:
         """Report a train reply with numbers that are not finite: the strategy still gets it."""
         trip, reply = flight.trip, flight.reply
         if reply is None or reply.has_error() or not _is_train_type(trip.kind):
             return
         records = (r for r in reply.content.values() if isinstance(r, ArrayRecord))
-        if not all(map(is_finite, records)):
+        if not all(map(self._is_finite, records)):
             self._traffic.not_finite.append(trip.device)
             if trip.device not in self._reported:
                 self._reported.add(trip.device)

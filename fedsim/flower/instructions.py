@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -303,6 +303,19 @@ def training_config(
     return record
 
 
+@lru_cache(maxsize=1024)
+def _changed(defaults: LocalConfig, asked: tuple[tuple[str, type, Any], ...]) -> LocalConfig:
+    """Return the local work with what an instruction's config asks for instead."""
+    keys = {key: value for key, _, value in asked}
+    changes: dict[str, Any] = {_CONFIG_KEYS[key]: value for key, value in keys.items()}
+    if "local_epochs" in changes:
+        changes.setdefault("local_steps", None)
+    try:
+        return replace(defaults, **changes)
+    except (ScenarioError, TypeError, ValueError) as error:
+        raise PayloadError(f"an instruction's config asks for {keys}: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class WorkPlan:
     """What the scenario's `training` and a config together ask of a device.
@@ -341,13 +354,10 @@ class WorkPlan:
                 keys.update({k: record[k] for k in _CONFIG_KEYS if k in record})
         if not keys:
             return self.defaults
-        changes: dict[str, Any] = {_CONFIG_KEYS[key]: value for key, value in keys.items()}
-        if "local_epochs" in changes:
-            changes.setdefault("local_steps", None)
-        try:
-            return replace(self.defaults, **changes)
-        except (ScenarioError, TypeError, ValueError) as error:
-            raise PayloadError(f"an instruction's config asks for {keys}: {error}") from error
+        # With the types, since 1 and 1.0 are one key but not both a number of steps.
+        asked = tuple((key, type(value), value) for key, value in keys.items())
+        is_hashable = not any(isinstance(value, list) for value in keys.values())
+        return (_changed if is_hashable else _changed.__wrapped__)(self.defaults, asked)
 
     def steps_and_rates(
         self, content: RecordDict, devices: NDArray[np.int64], rounds: NDArray[np.int64]

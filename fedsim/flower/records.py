@@ -9,13 +9,15 @@ bfloat16, which numpy and therefore Flower cannot carry, weighs 2 bytes an eleme
 as float32.
 """
 
+import logging
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cache
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from fedsim.flower import compat
 
 __all__ = [
     "FiniteCheck",
+    "Intake",
     "LazyArray",
     "LazyArrayRecord",
     "array_bytes",
@@ -34,11 +37,12 @@ __all__ = [
     "payload_bytes",
     "private_copy",
     "release_rows",
-    "snapshot",
     "stack_records",
     "stacked_record",
     "template_of",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 class LazyArray(Array):
@@ -242,10 +246,14 @@ def _tensor(array: Array) -> torch.Tensor:
 
 
 class FiniteCheck:
-    """Tells which records hold numbers that are not finite; looks at a common stack once."""
+    """Tells which records hold numbers that are not finite; looks at a common stack once.
+
+    What it has found is kept for as long as the stack: replies of one batch are asked for one by
+    one where their server does not wait for all.
+    """
 
     def __init__(self) -> None:
-        self._bad: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}
+        self._bad: dict[int, tuple[weakref.ref[torch.Tensor], frozenset[int]]] = {}
 
     def __call__(self, record: ArrayRecord) -> bool:
         """Return whether all numbers are finite (encoded arrays are not looked into)."""
@@ -257,9 +265,19 @@ class FiniteCheck:
             if array.dtype not in ("float16", "bfloat16", "float32", "float64"):
                 return True
             return bool(torch.isfinite(_tensor(array)).all())
-        if id(stack) not in self._bad:
-            self._bad[id(stack)] = stack, _rows_not_finite(stack)  # kept: its id stays its own
-        return array.row not in self._bad[id(stack)][1]  # type: ignore[attr-defined]
+        known = self._bad.get(id(stack))
+        if known is None or known[0]() is not stack:
+            known = self._bad[id(stack)] = self._watch(stack), _rows_not_finite(stack)
+        return array.row not in known[1]  # type: ignore[attr-defined]
+
+    def _watch(self, stack: torch.Tensor) -> "weakref.ref[torch.Tensor]":
+        bad, key = self._bad, id(stack)
+
+        def forget(gone: "weakref.ref[torch.Tensor]") -> None:
+            if key in bad and bad[key][0] is gone:
+                del bad[key]
+
+        return weakref.ref(stack, forget)
 
 
 def _rows_not_finite(stack: torch.Tensor) -> frozenset[int]:
@@ -273,8 +291,12 @@ def _rows_not_finite(stack: torch.Tensor) -> frozenset[int]:
 
 def array_bytes(array: Array) -> int:
     """Return elements × itemsize of an array without serialising it."""
-    itemsize = 2 if array.dtype == "bfloat16" else np.dtype(array.dtype).itemsize
-    return math.prod(array.shape) * itemsize
+    return math.prod(array.shape) * _itemsize(array.dtype)
+
+
+@cache
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
 def payload_bytes(content: RecordDict) -> int:
@@ -303,13 +325,58 @@ def _count_bytes(record: Any) -> int:
     return int(record.count_bytes())
 
 
-def snapshot(content: RecordDict) -> RecordDict:
-    """Copy a content so that later changes by its sender are not seen.
+class Intake:
+    """Copies what is pushed, so that later changes by its sender are not seen, and weighs it.
 
-    Flower puts one `RecordDict` into all messages of a round and changes its config in the next;
-    a straggler must still read the old one. Array values are shared, they are never written to.
+    Flower puts one `RecordDict` into all messages of a round and changes its config in the next; a
+    straggler must still read the old one. Array values are shared, they are never written to.
+    Contents that carry the very same arrays get one ArrayRecord, copied, cast and weighed once: an
+    asynchronous strategy pushes a content for each device, and all of one version share a model.
+
+    Parameters
+    ----------
+    accounting : {"dense", "flower"}
+        `payload_bytes` or `flower_bytes`.
+    keep_dtypes : bool
+        Cast float arrays to the dtype that their key first had; see `cast_like`.
     """
-    return RecordDict({name: record.copy() for name, record in content.items()})
+
+    def __init__(self, accounting: Literal["dense", "flower"], *, keep_dtypes: bool) -> None:
+        self._is_dense = accounting == "dense"
+        self._keep_dtypes = keep_dtypes
+        self._template: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._taken: dict[str, tuple[dict[str, Array], ArrayRecord, int]] = {}
+
+    def __call__(self, content: RecordDict) -> tuple[RecordDict, int]:
+        """Return a copy of a content, and its payload in bytes."""
+        size = 0
+        records: dict[str, Any] = {}
+        for name, record in content.items():
+            if isinstance(record, ArrayRecord):
+                records[name], weight = self._take(name, record, content)
+                size += weight
+            else:
+                records[name] = record.copy()
+        copied = compat.fill(RecordDict(), records)
+        return copied, size if self._is_dense else flower_bytes(copied)
+
+    def _take(self, name: str, record: ArrayRecord, content: RecordDict) -> tuple[ArrayRecord, int]:
+        """Return the copy of a record of arrays, and its weight: what was made last, if it fits."""
+        items = record.items()
+        if name in self._taken:
+            given, copied, size = self._taken[name]
+            pairs = zip(given.items(), items, strict=False)
+            if len(given) == len(items) and all(k == key and a is b for (k, a), (key, b) in pairs):
+                return copied, size
+        taken = compat.fill(RecordDict(), {name: record.copy()})
+        if self._keep_dtypes:
+            arrays = (r for r in content.values() if isinstance(r, ArrayRecord))
+            self._template = self._template or template_of(arrays)
+            if n_cast := cast_like(taken, self._template):
+                _log.info("cast %d array(s) on the way down to the dtype they first had", n_cast)
+        copied, size = taken.array_records[name], payload_bytes(taken)
+        self._taken[name] = dict(items), copied, size
+        return copied, size
 
 
 def private_copy(content: RecordDict) -> RecordDict:

@@ -357,12 +357,8 @@ class _Books:
             self._close(server_round, scores, arrays, extra)
         elif scores.loss is not None and math.isfinite(scores.loss):
             self._limit = _DIVERGED_FACTOR * max(1.0, scores.loss)
-        metrics = MetricRecord()
-        if scores.loss is not None:
-            metrics["eval_loss"] = scores.loss
-        if scores.accuracy is not None:
-            metrics["eval_accuracy"] = scores.accuracy
-        return metrics if metrics else None
+        told = {"eval_loss": scores.loss, "eval_accuracy": scores.accuracy}
+        return MetricRecord({k: v for k, v in told.items() if v is not None}) or None
 
     def close_without_evaluation(self) -> None:
         """Close the line of the last train batch, for a `start` that never evaluates."""
@@ -512,7 +508,10 @@ def _mean(noted: list[tuple[int, dict[str, float]]], key: str) -> float | None:
 def _is_finite(arrays: ArrayRecord) -> bool:
     for array in arrays.values():
         stack: torch.Tensor | None = getattr(array, "stack", None)
-        whole = torch.from_numpy(array.numpy()) if stack is None else stack[array.row]  # type: ignore[attr-defined]
+        if stack is None:
+            whole = torch.from_numpy(array.numpy())
+        else:
+            whole = stack if len(stack) == 1 else stack[array.row]  # type: ignore[attr-defined]
         if not whole.is_floating_point() or math.isfinite(float(whole.sum())):
             continue  # a sum can overflow, but never hides what is not finite
         if not bool(whole.isfinite().all()):

@@ -377,10 +377,12 @@ def test_an_exchange_the_grid_does_not_carry_is_refused(exchange, words):
         world.grid.push_messages(messages(world, [0], **exchange))
 
 
-def test_a_config_out_of_range_is_refused():
+@pytest.mark.parametrize("value", [-1, [2]])
+def test_a_config_out_of_range_is_refused(value):
     world = make_world(2)
+    world.grid.push_messages(messages(world, [0], config={"local-epochs": 2}))
     with pytest.raises(PayloadError, match="local-epochs"):
-        world.grid.push_messages(messages(world, [0], config={"local-epochs": -1}))
+        world.grid.push_messages(messages(world, [1], config={"local-epochs": value}))
 
 
 def test_a_node_that_does_not_exist_is_refused():

@@ -119,15 +119,59 @@ def test_records_stack_from_common_rows_and_from_values(stack):
     assert torch.equal(records.stack_records(mixed)["weight"], stack["weight"][[2, 0]])
 
 
-def test_a_snapshot_does_not_see_later_changes(stack):
+def test_what_was_taken_does_not_see_later_changes(stack):
     content = RecordDict(
         {"arrays": records.stacked_record(stack, 0), "config": ConfigRecord({"server-round": 1})}
     )
-    taken = records.snapshot(content)
+    intake = records.Intake("dense", keep_dtypes=True)
+    taken, size = intake(content)
     content["config"]["server-round"] = 2
+    content["arrays"]["weight"] = LazyArray(torch.ones(2))
+    changed, less = intake(content)
     content["arrays"].clear()
     assert taken["config"]["server-round"] == 1
-    assert len(taken["arrays"]) == 2
+    assert taken["arrays"]["weight"].shape == (3, 2)
+    assert changed["arrays"]["weight"].shape == (2,)
+    assert (size, less) == (3 * 2 * 4 + 8, 2 * 4 + 8)
+
+
+def test_contents_with_the_very_same_arrays_share_one_copy(stack):
+    model, other = records.stacked_record(stack, 0), records.stacked_record(stack, 1)
+    intake = records.Intake("dense", keep_dtypes=True)
+    contents = [
+        RecordDict({"arrays": model, "control": other, "config": ConfigRecord({"server-round": i})})
+        for i in range(2)
+    ]
+    (one, size), (two, size_again) = map(intake, contents)
+    assert one is not two
+    assert [taken["config"]["server-round"] for taken in (one, two)] == [0, 1]
+    assert all(one[name] is two[name] for name in ("arrays", "control"))
+    assert one["arrays"] is not model
+    assert size == size_again == 2 * (3 * 2 * 4 + 8)
+    flower = records.Intake("flower", keep_dtypes=True)
+    assert [flower(content)[1] for content in contents] == [
+        records.flower_bytes(content) for content in contents
+    ]
+
+
+def test_drifted_arrays_are_cast_as_they_are_taken():
+    intake = records.Intake("dense", keep_dtypes=True)
+    for dtype in (np.float32, np.float64, np.float64):
+        content = RecordDict({"arrays": ArrayRecord({"w": Array(np.ones(3, dtype))})})
+        taken, size = intake(content)
+        assert (taken["arrays"]["w"].dtype, size) == ("float32", 12)
+        assert content["arrays"]["w"].dtype == np.dtype(dtype).name
+
+
+def test_what_is_known_of_a_stack_goes_with_it(stack):
+    check = records.FiniteCheck()
+    assert check(records.stacked_record({"w": stack["weight"]}, 0))
+    bad = torch.tensor([[1.0], [torch.nan]])
+    found = [check(records.stacked_record({"w": bad}, row)) for row in (0, 1, 0)]
+    assert found == [True, False, True]
+    assert len(check._bad) == 2
+    del bad
+    assert len(check._bad) == 1
 
 
 def test_a_private_copy_may_be_changed_freely(stack):
