@@ -28,7 +28,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fedsim import __version__
-from fedsim.errors import FedsimError, ScenarioError
+from fedsim.errors import FedsimError, NoNodesError, ScenarioError
 
 if TYPE_CHECKING:
     from fedsim.results import RunResult
@@ -51,7 +51,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             _complain("interrupted")
             raise typer.Exit(130) from None
-        except ScenarioError as error:
+        except (ScenarioError, NoNodesError) as error:
             _complain(str(error))
             raise typer.Exit(2) from None
         except Exception as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedsim.errors import FedsimError, ScenarioError
+from fedsim.executors.build import reserve_workers
 from fedsim.executors.crew import Crew
 from fedsim.flower.server import (
     save_arrays,
@@ -138,6 +139,10 @@ def run(
             name: connect(scenario, name, device, load, crew, executor) for name in names
         }
         manager = stack.enter_context(_manager()) if jobs > 1 and len(names) > 1 else None
+        if executor is None:
+            with crew if manager is None else Crew() as own:  # processes connect by themselves
+                for simulation in simulations.values():
+                    reserve_workers(simulation.scenario, own)
         finished: dict[str, StrategyResult] = {}
         if out is not None:
             finished = prepare(scenario, out, resume=resume, force=force)

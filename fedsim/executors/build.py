@@ -23,7 +23,7 @@ from fedsim.learning.trainer import Trainer
 from fedsim.scenario import Scenario
 from fedsim.sections import FlowerExecution, RayExecution, Spec
 
-__all__ = ["added_config", "halves_of", "make_executor", "make_trainer"]
+__all__ = ["added_config", "halves_of", "make_executor", "make_trainer", "reserve_workers"]
 
 _log = logging.getLogger(__name__)
 _ENGINE = ("chunk", "engine", "precision")
@@ -131,6 +131,19 @@ def added_config(scenario: Scenario) -> Mapping[str, bool | int | float | str]:
     """Return what the user adds to the config of train instructions."""
     execution = registry.build("executor", scenario.executor.spec())
     return getattr(execution, "train_config", None) or {}
+
+
+def reserve_workers(scenario: Scenario, crew: Crew) -> None:
+    """See to it that the workers that a scenario's executor wants can be had, if it wants any.
+
+    Raises
+    ------
+    ScenarioError
+        If Ray cannot be reached, or has no room for them.
+    """
+    execution = registry.build("executor", scenario.executor.spec())
+    if isinstance(execution, FlowerExecution | RayExecution):
+        crew.reserve(_wanted(execution))
 
 
 def _wanted(execution: FlowerExecution | RayExecution) -> Wanted:

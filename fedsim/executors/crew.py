@@ -80,7 +80,8 @@ class Crew:
     Raises
     ------
     ScenarioError
-        From `check` and `shares`: Ray is not installed, cannot be reached, or no worker fits.
+        From `check`, `reserve` and `shares`: Ray is not installed, cannot be reached, or no worker
+        fits.
     """
 
     def __init__(self) -> None:
@@ -107,11 +108,34 @@ class Crew:
     @staticmethod
     def check(kind: str) -> None:
         """Refuse the executor `kind` where Ray is not installed."""
-        if find_spec("ray") is None:
+        try:
+            is_there = find_spec("ray") is not None
+        except (ImportError, ValueError):  # kept from being imported
+            is_there = False
+        if not is_there:
             raise ScenarioError(
                 f"executor.kind: '{kind}' needs Ray, which is not installed: "
                 "pip install 'fedsim[ray]'"
             )
+
+    def reserve(self, wanted: Wanted) -> int:
+        """Connect to Ray, and return how many of the workers wanted there will be.
+
+        `shares` does so too; this is for who wants to know before anything is computed.
+        """
+        self._connect(wanted.address)
+        have = _ray().cluster_resources()
+        fits = [have.get("CPU", 0.0) / wanted.cpus] if wanted.cpus else []
+        fits += [have.get("GPU", 0.0) / wanted.gpus] if wanted.gpus else []
+        most = int(min(fits)) if fits else 1
+        number = wanted.workers or most
+        if number < 1 or (fits and number > most):
+            raise ScenarioError(
+                f"executor.workers: {wanted.workers or 'not one'} of {wanted.cpus:g} CPUs and "
+                f"{wanted.gpus:g} GPUs fits into Ray's {have.get('CPU', 0):g} CPUs and "
+                f"{have.get('GPU', 0):g} GPUs; at most {most} of them do"
+            )
+        return number
 
     def shares(self, work: IntArray, wanted: Wanted) -> list[IntArray]:
         """Return rows of nearly equal work, one share for each worker.
@@ -120,8 +144,7 @@ class Crew:
         """
         if wanted != self._wanted:
             self._dismiss()
-            self._connect(wanted.address)
-            self._hire(wanted)
+            self._hire(wanted, self.reserve(wanted))
         return shares_of(work, len(self._workers))
 
     def map(
@@ -184,19 +207,8 @@ class Crew:
             raise ScenarioError(f"executor.address: no Ray at {place}: {said[0]}") from error
         self._has_started_ray = True
 
-    def _hire(self, wanted: Wanted) -> None:
+    def _hire(self, wanted: Wanted, number: int) -> None:
         ray = _ray()
-        have = ray.cluster_resources()
-        fits = [have.get("CPU", 0.0) / wanted.cpus] if wanted.cpus else []
-        fits += [have.get("GPU", 0.0) / wanted.gpus] if wanted.gpus else []
-        most = int(min(fits)) if fits else 1
-        number = wanted.workers or most
-        if number < 1 or (fits and number > most):
-            raise ScenarioError(
-                f"executor.workers: {wanted.workers or 'not one'} of {wanted.cpus:g} CPUs and "
-                f"{wanted.gpus:g} GPUs fits into Ray's {have.get('CPU', 0):g} CPUs and "
-                f"{have.get('GPU', 0):g} GPUs; at most {most} of them do"
-            )
         worker = ray.remote(_Worker).options(
             num_cpus=wanted.cpus,
             num_gpus=wanted.gpus,

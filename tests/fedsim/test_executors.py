@@ -3,12 +3,14 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fedsim
 from fedsim.errors import ScenarioError
+from fedsim.executors.crew import Crew, Wanted
 from fedsim.scenario import Scenario
 from fedsim.simulation import build
 
@@ -138,6 +140,62 @@ def test_what_a_cluster_cannot_be_is_refused(key, value):
 def test_an_app_that_is_none_is_refused_before_ray_starts(app, why):
     with pytest.raises(ScenarioError, match=rf"executor\.app: .*{why}"):
         build(Scenario.from_mapping(WORLD | {"executor": {"kind": "flower", "app": app}}))
+
+
+class SmallCluster:
+    """What a crew asks of Ray, of a cluster with 4 processors and 2 GPUs."""
+
+    def __init__(self):
+        self.asked = []
+
+    def is_initialized(self):
+        return True
+
+    def cluster_resources(self):
+        return {"CPU": 4.0, "GPU": 2.0}
+
+    def remote(self, worker):
+        return self
+
+    def options(self, **options):
+        self.asked.append(options)
+        return SimpleNamespace(
+            remote=lambda: SimpleNamespace(ping=SimpleNamespace(remote=lambda: 1))
+        )
+
+    def wait(self, pings, **options):
+        return pings, []
+
+    def get(self, pings):
+        return pings
+
+    def kill(self, worker):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wanted", "most"), [({"workers": 5}, 4), ({"gpus": 4.0}, 0), ({"cpus": 3, "workers": 2}, 1)]
+)
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_workers_that_do_not_fit_are_refused_before_anything_is_written(
+    wanted, most, jobs, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("fedsim.executors.crew._ray", SmallCluster)
+    made = Scenario.from_mapping(WORLD | {"executor": {"kind": "ray"} | wanted})
+    with pytest.raises(ScenarioError, match=rf"^executor\.workers: .* at most {most} of them"):
+        fedsim.run(made, tmp_path / "run", jobs=jobs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_get_the_processors_and_gpus_that_are_asked_for(monkeypatch):
+    ray = SmallCluster()
+    monkeypatch.setattr("fedsim.executors.crew._ray", lambda: ray)
+    with Crew() as crew:
+        shares = crew.shares(np.ones(6, np.int64), Wanted(cpus=0.5, gpus=0.5))
+        assert len(shares) == 4
+    assert ray.asked == [
+        {"num_cpus": 0.5, "num_gpus": 0.5, "max_restarts": -1, "max_task_retries": 3}
+    ]
 
 
 def test_a_cluster_that_is_not_there_is_an_error_at_once():
