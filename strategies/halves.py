@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 Tensors = dict[str, Tensor]
+ROUNDS = 1 << 32  # rounds are below; its multiples tell apart the draws of work that is repeated
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ROUND = "-round"  # of the instruction that a state was made by
 _BLOCK = 1 << 15  # elements of a row hashed at a time: they stay in the cache
@@ -332,7 +333,8 @@ class DeviceWork:
     def __init__(self, half: DeviceHalf, message: Message, context: Context) -> None:
         self.config = merged_config(message.content)
         device = int(context.node_config.get("partition-id", context.node_id))
-        self._draws = half.draws(int(self.config.get("server-round", 0)), device)
+        number, repeat = _turn(self.config)
+        self._draws = half.draws(number + ROUNDS * repeat, device)
         saved = context.state.array_records.get(half.name, ArrayRecord())
         state = {key: torch.from_numpy(array.numpy())[None] for key, array in saved.items()}
         received = half.unpack([message.content])
@@ -420,11 +422,15 @@ class DeviceWork:
     def _keep(self, state: Tensors) -> None:
         """Keep a state, unless a later round's instruction has overtaken this one on its way."""
         name, kept = self._half.name, self._context.state
-        number = int(self.config.get("server-round", 0))
-        last = kept.config_records.get(name + _ROUND, ConfigRecord({"server-round": 0}))
-        if number >= int(last["server-round"]):  # type: ignore[arg-type]
+        turn = _turn(self.config)
+        if turn >= _turn(kept.config_records.get(name + _ROUND, {})):
             kept[name] = _record(state)
-            kept[name + _ROUND] = ConfigRecord({"server-round": number})
+            kept[name + _ROUND] = ConfigRecord({"server-round": turn[0], "repeat": turn[1]})
+
+
+def _turn(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return an instruction's round, and how often its device was sent that round before."""
+    return int(config.get("server-round", 0)), int(config.get("repeat", 0))
 
 
 def as_mod(half: DeviceHalf) -> Callable[[Message, Context, ClientAppCallable], Message]:

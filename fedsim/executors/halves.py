@@ -261,14 +261,11 @@ class _Batch:
         self._halves = halves
         self._place = place
         self._config = _config(self.content)
-        number = server_round(self.content)
-        if number is None:
+        if server_round(self.content) is None:
             self.rounds = np.array([round_of(message) for message in messages], np.int64)
-            drawn = self.rounds
-        else:
+        else:  # the config is common to all, and with it the round and the how-manieth time
             self.rounds = np.full(len(messages), round_of(messages[0]), np.int64)
-            drawn = np.full(len(messages), number, np.int64)
-        self._draws = [half.draws(drawn, self.devices, place) for half in halves]
+        self._draws = [half.draws(self.rounds, self.devices, place) for half in halves]
 
     def receive(self, layout: Layout) -> None:
         """Let the halves make the models to work on."""

@@ -16,6 +16,7 @@ from fedsim.data.federated import federate
 from fedsim.errors import PayloadError
 from fedsim.executors.clientapp import ClientAppExecutor, device_app
 from fedsim.executors.vectorised import VectorisedExecutor
+from fedsim.flower import compat
 from fedsim.flower.instructions import NODE_BASE, WorkPlan
 from fedsim.learning import models
 from fedsim.learning.batches import make_batches
@@ -206,6 +207,53 @@ def plain_app(trainer, plan, half):
         return work.reply(model.state_dict(), metrics, steps=len(made.count))
 
     return app
+
+
+@dataclass(frozen=True)
+class Noisy(DeviceHalf):
+    """Noise on what is sent, and the round's noise once more in the state."""
+
+    name: ClassVar[str] = "noisy"
+
+    def reply(self, work, state, config, draws):
+        noise = {key: draws(value.shape[1:]).to(value) for key, value in work.items()}
+        return {key: work[key] + noise[key] for key in work}, noise
+
+
+def test_a_round_that_is_sent_again_has_draws_of_its_own_in_every_form():
+    half, trainer = Noisy(), make_trainer()
+    plan = plan_of(trainer)
+
+    def in_a_plain_app(message, context):
+        mod = as_mod(half)
+        return mod(message, context, device_app(trainer, plan))
+
+    executors = [
+        VectorisedExecutor(trainer, plan, node_base=NODE_BASE, halves=(half,)),
+        ClientAppExecutor(device_app(trainer, plan, halves=(half,)), N, node_base=NODE_BASE),
+        ClientAppExecutor(in_a_plain_app, N, node_base=NODE_BASE),
+    ]
+    sent = []
+    for executor in executors:
+        found = []
+        for turn, (number, repeat) in enumerate([(1, {}), (1, {"repeat": 1}), (2, {})]):
+            messages = instructions(model_record(trainer), number, **repeat)
+            for message in messages:
+                compat.set_message_id(message, str(100 * turn + message.metadata.dst_node_id))
+            replies = executor(messages)
+            for message in messages:
+                getattr(executor, "settle", lambda *_, **__: None)(
+                    message.metadata.message_id, has_arrived=True
+                )
+            records = [reply.content["arrays"] for reply in replies]
+            found.append(np.concatenate([a.numpy().ravel() for r in records for a in r.values()]))
+        sent.append(found)
+    for found in sent[1:]:
+        for one, other in zip(sent[0], found, strict=True):
+            assert np.abs(one - other).max() < 1e-10
+    assert np.abs(sent[0][0] - sent[0][1]).max() > 0.1
+    last = [executor.context_of(NODE_BASE).state["noisy"] for executor in executors[1:]]
+    assert all(np.array_equal(last[0][key].numpy(), last[1][key].numpy()) for key in last[0])
 
 
 def test_replies_name_the_halves_from_the_inside_out():
