@@ -18,7 +18,7 @@ from torch import Tensor
 
 from strategies.common import check, mean_of, record_of, show_arguments, tensor_of
 from strategies.halves import DeviceHalf, Draws, LocalTerms
-from strategies.linear import Aggregate, FedAvg, accepted, metrics_of, plain_record
+from strategies.linear import Aggregate, FedAvg, accepted, metrics_of, model_record
 
 __all__ = ["SCAFFOLD", "FedDyn", "FedDynHalf", "FedNova", "ScaffoldHalf"]
 
@@ -151,7 +151,7 @@ class FedNova(_DriftCorrected):
         effective = float(shares @ (steps if self.proximal_mu else work))
         scale = shares / work
         mean = mean_of(valid, scale / scale.sum())
-        arrays = plain_record(self._moved(mean, effective * float(scale.sum())))
+        arrays = model_record(self._moved(mean, effective * float(scale.sum())))
         return arrays, metrics_of(self, valid)
 
     def accumulated(self, steps: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class SCAFFOLD(_DriftCorrected):
         """Send c beside the model."""
         control = {_CONTROL + key: value for key, value in self._control.items()}
         both = ArrayRecord()
-        for key, array in (*arrays.items(), *plain_record(control).items()):
+        for key, array in (*arrays.items(), *model_record(control).items()):
             both[key] = array
         return both
 
@@ -300,7 +300,7 @@ class SCAFFOLD(_DriftCorrected):
             for key, value in self._control.items()
         }
         moved = self._moved(mean, self.server_learning_rate)
-        return plain_record(moved), metrics_of(self, valid)
+        return model_record(moved), metrics_of(self, valid)
 
 
 @dataclass(frozen=True)
@@ -398,7 +398,7 @@ class FedDyn(_DriftCorrected):
         for key, value in self._h.items():
             self._h[key] = value - share * (mean[key].to(value) - self._model[key].to(value))
             mean[key] = mean[key] - self._h[key].to(mean[key]) / self.alpha
-        return plain_record(mean), metrics_of(self, valid)
+        return model_record(mean), metrics_of(self, valid)
 
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:

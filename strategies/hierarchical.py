@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from strategies.common import check, mean_of, show_arguments, tensor_of
-from strategies.linear import Aggregate, FedAvg, accepted, metrics_of, plain_record
+from strategies.linear import Aggregate, FedAvg, accepted, metrics_of, model_record
 
 __all__ = ["HierarchicalFedAvg"]
 
@@ -83,7 +83,7 @@ class HierarchicalFedAvg(FedAvg):
             if edge not in contents:
                 model = self._cloud if edge is None else self.edge_models.get(edge, self._cloud)
                 records: dict[str, Any] = {
-                    self.arrayrecord_key: plain_record(model),
+                    self.arrayrecord_key: model_record(model),
                     self.configrecord_key: asked,
                     "exchange": exchange,
                 }
@@ -123,7 +123,7 @@ class HierarchicalFedAvg(FedAvg):
         if server_round % self.cloud_period == 0:
             self._cloud, self._heard = mean, {}
             self.edge_models = dict.fromkeys(self.edge_models, mean)
-        return plain_record(mean), metrics_of(self, valid)
+        return model_record(mean), metrics_of(self, valid)
 
     def _edge(self, message: Message) -> int:
         """Return the edge server that served a device."""

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
-from strategies.common import mean_of, stack_of
+from strategies.common import mean_of, row_records, stack_of
 from strategies.compat import aggregate_metricrecords, validate_message_reply_consistency
 
 __all__ = [
@@ -115,7 +115,7 @@ def _aggregate(
     valid, weights = accepted(strategy, replies)
     if not valid:
         return None, None
-    return plain_record(combine(valid, weights)), metrics_of(strategy, valid)
+    return model_record(combine(valid, weights)), metrics_of(strategy, valid)
 
 
 def accepted(
@@ -151,9 +151,10 @@ def metrics_of(strategy: flower.FedAvg, valid: Sequence[Message]) -> MetricRecor
     return strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
 
 
-def plain_record(model: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Return a model as a record of plain arrays."""
-    return ArrayRecord({key: Array(np.asarray(v.cpu().numpy())) for key, v in model.items()})
+def model_record(model: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Return a model as a record over its tensors, serialised only if bytes are read."""
+    (record,) = row_records({key: value.unsqueeze(0) for key, value in model.items()}, [0])
+    return record
 
 
 def _mean_metrics(records: Sequence[MetricRecord], weighted_by_key: str) -> MetricRecord:

@@ -13,7 +13,7 @@ from fedsim.errors import PayloadError
 from fedsim.executors.halves import DeviceHalf, HalvesOfDevices
 from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan, round_of, server_round, wants_steps
-from fedsim.flower.records import payload_bytes, stack_records, stacked_record
+from fedsim.flower.records import payload_bytes, stack_records, stacked_records
 from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.trainer import Trainer
 
@@ -203,12 +203,19 @@ def _train(
     name = "gradients" if config.mode == "gradient" else "arrays"
     samples = trainer.data.size[who]
     contents = []
-    for i, (n, loss) in enumerate(zip(samples.tolist(), result.loss.tolist(), strict=True)):
-        metrics = compat.fill(MetricRecord(), {"num-examples": n, "train_loss": loss})
-        if wants_steps(batch[i].content):
-            metrics["local_steps"] = int(result.steps[i])
-        records = {name: stacked_record(stacks, i), "metrics": metrics}
-        contents.append(compat.fill(RecordDict(), records))
+    for message, record, n, loss, steps in zip(
+        batch,
+        stacked_records(stacks),
+        samples.tolist(),
+        result.loss.tolist(),
+        result.steps.tolist(),
+        strict=True,
+    ):
+        figures = {"num-examples": n, "train_loss": loss}
+        if wants_steps(message.content):
+            figures["local_steps"] = steps
+        metrics = compat.record_of(MetricRecord, figures)
+        contents.append(compat.record_of(RecordDict, {name: record, "metrics": metrics}))
     return contents
 
 

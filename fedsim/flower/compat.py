@@ -21,6 +21,7 @@ name                       needed because
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from logging import ERROR, INFO, getLogger
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ __all__ = [
     "identity",
     "patched_sleep",
     "quiet_flower",
+    "record_of",
     "replies_to",
     "set_message_id",
 ]
@@ -82,6 +84,19 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
     """Put values of the right types into a new record without checking each; return it."""
     record.__dict__["_data"].update(values)
     return record
+
+
+def record_of(kind: type[RecordT], values: dict[str, Any]) -> RecordT:
+    """Return a new record that holds this very dict; nothing is checked."""
+    record = kind.__new__(kind)
+    record.__dict__.update(_empty(kind), _data=values)
+    return record
+
+
+@cache
+def _empty(kind: type[RecordT]) -> dict[str, Any]:
+    """Return what an empty record of a kind has in its `__dict__`."""
+    return dict(kind().__dict__)
 
 
 def has_train_function(app: object) -> bool:

@@ -847,16 +847,19 @@ class NetworkGrid(Grid):
         trip, reply = flight.trip, flight.reply
         if reply is None or reply.has_error() or not _is_train_type(trip.kind):
             return
-        records = (r for r in reply.content.values() if isinstance(r, ArrayRecord))
-        if not all(map(self._is_finite, records)):
-            self._traffic.not_finite.append(trip.device)
-            if trip.device not in self._reported:
-                self._reported.add(trip.device)
-                _log.warning(
-                    "round %d: device %d replied with numbers that are not finite",
-                    trip.round,
-                    trip.device,
-                )
+        for record in reply.content.values():
+            if isinstance(record, ArrayRecord) and not self._is_finite(record):
+                break
+        else:
+            return
+        self._traffic.not_finite.append(trip.device)
+        if trip.device not in self._reported:
+            self._reported.add(trip.device)
+            _log.warning(
+                "round %d: device %d replied with numbers that are not finite",
+                trip.round,
+                trip.device,
+            )
 
     def _senders(self, ready: Sequence[_Flight]) -> list[_Flight]:
         """Return the instructions whose payloads are handed over now and not yet computed."""
@@ -907,7 +910,7 @@ class NetworkGrid(Grid):
                 sent = {d: None if s is None else s.sent for d, s in came.items()}
                 compat.fill(reply.content, {"received": received(sent)})
             trip.payloads = dict.fromkeys(came)  # let go of the senders' models
-        compat.fill(reply.content, {"delivery": compat.fill(ConfigRecord(), delivery)})
+        compat.fill(reply.content, {"delivery": compat.record_of(ConfigRecord, delivery)})
 
     def _run_until(self, ids: Set[str], deadline: float, *, needed: int) -> None:
         """Advance virtual time until `needed` of the instructions are decided, or `deadline`."""
@@ -962,4 +965,4 @@ def _is_train(message: Message) -> bool:
 
 
 def _is_train_type(message_type: str) -> bool:
-    return message_type.partition(".")[0] == "train"
+    return message_type == "train" or message_type.startswith("train.")

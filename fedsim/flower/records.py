@@ -39,6 +39,7 @@ __all__ = [
     "release_rows",
     "stack_records",
     "stacked_record",
+    "stacked_records",
     "template_of",
 ]
 
@@ -195,9 +196,21 @@ def _header_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def stacked_record(stacks: Mapping[str, torch.Tensor], row: int) -> LazyArrayRecord:
     """Return the record whose arrays are row `row` of `stacks`, each `(n_devices, *shape)`."""
-    return compat.fill(
-        LazyArrayRecord(), {key: LazyArray(stack, row) for key, stack in stacks.items()}
-    )
+    arrays = {key: LazyArray(stack, row) for key, stack in stacks.items()}
+    return compat.record_of(LazyArrayRecord, arrays)
+
+
+def stacked_records(stacks: Mapping[str, torch.Tensor]) -> list[LazyArrayRecord]:
+    """Return `stacked_record` of every row; what the rows have in common is worked out once."""
+    firsts = [(key, LazyArray(stack, 0).__dict__) for key, stack in stacks.items()]
+    records = []
+    for row in range(len(next(iter(stacks.values())))):
+        arrays = {}
+        for key, first in firsts:
+            array = arrays[key] = LazyArray.__new__(LazyArray)
+            array.__dict__.update(first, row=row)
+        records.append(compat.record_of(LazyArrayRecord, arrays))
+    return records
 
 
 def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:
@@ -210,8 +223,9 @@ def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:
     for key in records[0]:
         arrays = [record[key] for record in records]
         common: torch.Tensor | None = getattr(arrays[0], "stack", None)
-        rows = [a.row for a in arrays if isinstance(a, LazyArray) and a.stack is common]
-        if common is not None and len(rows) == len(arrays):
+        is_common = common is not None and all(getattr(a, "stack", None) is common for a in arrays)
+        if common is not None and is_common:
+            rows = [a.row for a in arrays]  # type: ignore[attr-defined]
             stacks[key] = common.index_select(0, torch.tensor(rows, device=common.device))
         else:
             rows_of_all = [_tensor(array) for array in arrays]
@@ -242,7 +256,11 @@ def release_rows(records: Iterable[ArrayRecord]) -> None:
 
 
 def _tensor(array: Array) -> torch.Tensor:
-    return array.tensor() if isinstance(array, LazyArray) else torch.from_numpy(array.numpy())
+    """Return an array's values, of a row of a stack (a strategy's, too) a view."""
+    if isinstance(array, LazyArray):
+        return array.tensor()
+    stack: torch.Tensor | None = getattr(array, "stack", None)
+    return torch.from_numpy(array.numpy()) if stack is None else stack[array.row]  # type: ignore[attr-defined]
 
 
 class FiniteCheck:
@@ -257,18 +275,19 @@ class FiniteCheck:
 
     def __call__(self, record: ArrayRecord) -> bool:
         """Return whether all numbers are finite (encoded arrays are not looked into)."""
-        return all(self._is_finite(array) for array in record.values())
-
-    def _is_finite(self, array: Array) -> bool:
-        stack: torch.Tensor | None = getattr(array, "stack", None)
-        if stack is None:
-            if array.dtype not in ("float16", "bfloat16", "float32", "float64"):
-                return True
-            return bool(torch.isfinite(_tensor(array)).all())
-        known = self._bad.get(id(stack))
-        if known is None or known[0]() is not stack:
-            known = self._bad[id(stack)] = self._watch(stack), _rows_not_finite(stack)
-        return array.row not in known[1]  # type: ignore[attr-defined]
+        for array in record.values():
+            stack: torch.Tensor | None = getattr(array, "stack", None)
+            if stack is None:
+                is_float = array.dtype in ("float16", "bfloat16", "float32", "float64")
+                if is_float and not bool(torch.isfinite(_tensor(array)).all()):
+                    return False
+                continue
+            known = self._bad.get(id(stack))
+            if known is None or known[0]() is not stack:
+                known = self._bad[id(stack)] = self._watch(stack), _rows_not_finite(stack)
+            if array.row in known[1]:  # type: ignore[attr-defined]
+                return False
+        return True
 
     def _watch(self, stack: torch.Tensor) -> "weakref.ref[torch.Tensor]":
         bad, key = self._bad, id(stack)

@@ -177,6 +177,14 @@ class ModelStack:
         shared = {name: state[first] for name, first in self.layout.aliases}
         return self.layout.flatten(state | shared)
 
+    def write(self, state: State, matrix: Tensor, rows: IntArray) -> None:
+        """Write stacked tensors to these rows of a matrix, without building them as rows first."""
+        places = torch.from_numpy(rows).to(matrix.device)
+        shared = {name: state[first] for name, first in self.layout.aliases}
+        for name, value in (state | shared).items():
+            part = matrix[:, self.layout.columns(name)]
+            part.index_copy_(0, places, value.reshape(len(rows), -1).to(matrix.dtype))
+
     def gradient_matrix(self, grads: list[Tensor]) -> Tensor:
         """Return gradients as a matrix, zero for what is not trained."""
         found = dict(zip(self.layout.parameters, grads, strict=True))

@@ -29,7 +29,7 @@ from fedsim.learning.linear import linear_layers
 from fedsim.learning.losses import Loss, loss_of
 from fedsim.learning.memory import check_room, free_bytes
 from fedsim.learning.optimizers import Updater
-from fedsim.learning.stack import ModelStack, Precision, torch_device
+from fedsim.learning.stack import ModelStack, Precision, State, torch_device
 from fedsim.streams import bits
 
 __all__ = ["Collect", "LocalResult", "Trainer"]
@@ -256,7 +256,9 @@ class Trainer:
             rows = order[first : first + size]
             try:
                 with torch.no_grad(), self.stack.arithmetic():
-                    matrix, losses = self._run(kernel, work, rows)
+                    done, losses = self._run(kernel, work, rows)
+                    if isinstance(done, dict) and (params is None or self.attacks is not None):
+                        done = self.stack.matrix(done)
             except torch.OutOfMemoryError as error:
                 limit = len(rows) // 2
                 if limit == 0:
@@ -267,18 +269,33 @@ class Trainer:
                 torch.cuda.empty_cache()
                 continue
             loss[rows] = losses
-            if self.attacks is not None:
-                came = work.base[torch.from_numpy(work.base_rows[rows]).to(work.base.device)]
-                is_gradient = config.mode == "gradient"
-                self.attacks.apply(
-                    came, matrix, devices[rows], rounds[rows], is_gradient=is_gradient
-                )
-            if collect is not None:
-                collect(rows, matrix)
-            elif params is not None:
-                params.index_copy_(0, torch.from_numpy(rows).to(params.device), matrix)
+            self._hand_over(work, rows, done, params, collect)
             first += len(rows)
         return LocalResult(params, loss, work.size, work.steps)
+
+    def _hand_over(
+        self,
+        work: _Work,
+        rows: IntArray,
+        done: State | Tensor,
+        params: Tensor | None,
+        collect: Collect | None,
+    ) -> None:
+        """Put a chunk's models, as stacked tensors or as rows, into `params`, or let collect."""
+        if isinstance(done, dict):
+            assert params is not None
+            self.stack.write(done, params, rows)
+            return
+        if self.attacks is not None:
+            came = work.base[torch.from_numpy(work.base_rows[rows]).to(work.base.device)]
+            is_gradient = work.config.mode == "gradient"
+            self.attacks.apply(
+                came, done, work.devices[rows], work.rounds[rows], is_gradient=is_gradient
+            )
+        if collect is not None:
+            collect(rows, done)
+        elif params is not None:
+            params.index_copy_(0, torch.from_numpy(rows).to(params.device), done)
 
     def _plan(
         self,
@@ -371,7 +388,9 @@ class Trainer:
         largest = max(max(self.layout.numel) * itemsize, activation)
         return _clamp(16_000_000 // largest, 8, 2048)
 
-    def _run(self, kernel: Kernel | None, work: _Work, rows: IntArray) -> tuple[Tensor, FloatArray]:
+    def _run(
+        self, kernel: Kernel | None, work: _Work, rows: IntArray
+    ) -> tuple[State | Tensor, FloatArray]:
         """Train the devices at `rows` (sorted by steps); return their models and mean losses."""
         extra = work.terms.extra_loss
         if kernel is None or self._kernel is None or self._refused == [extra]:
@@ -429,7 +448,7 @@ class Trainer:
 
     def _run_stacked(
         self, kernel: Kernel, work: _Work, rows: IntArray
-    ) -> tuple[Tensor, FloatArray]:
+    ) -> tuple[State | Tensor, FloatArray]:
         """Train a chunk; between the copies here and the last line a GPU is never waited for."""
         stack, config, device = self.stack, work.config, self.stack.device
         batches = self._batches(work, rows)
@@ -470,8 +489,8 @@ class Trainer:
                 if not is_gradient:
                     updater.step(k, grads)
             losses[:k] += step_losses
-        matrix = stack.gradient_matrix(grads) if is_gradient else stack.matrix(state)
-        return matrix, _numbers(losses) / work.steps[rows]
+        done = stack.gradient_matrix(grads) if is_gradient else state
+        return done, _numbers(losses) / work.steps[rows]
 
     def _run_loop(self, work: _Work, rows: IntArray) -> tuple[Tensor, FloatArray]:
         """Train device after device with the plain module: the reference of all that is batched."""

@@ -35,10 +35,10 @@ class _Wake(simpy.Event):
         delay: float,
         priority: int,
     ) -> None:
-        super().__init__(env)
+        self.env = env
+        self.callbacks = [call]
         self._ok = True
         self._value = None
-        self.callbacks.append(call)
         env.schedule(self, priority, delay)  # type: ignore[arg-type]
 
 

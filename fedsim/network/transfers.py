@@ -9,6 +9,7 @@ succeeds with a `Delivery` whose `outcome` is ``delivered``, ``lost`` or ``faile
 waits for many of them handles loss as data.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, isnan, log1p, nan
@@ -36,9 +37,9 @@ Outcome = Literal["delivered", "lost", "failed"]
 LinkDown = Literal["stall", "fail", "reroute"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each payload, and that takes thrice as long
 class Delivery:
-    """What became of a payload.
+    """What became of a payload; not to be changed.
 
     Attributes
     ----------
@@ -300,7 +301,7 @@ class Network:
         elif unshared is not None and not unshared.any():
             unshared = None
         self._fluid = FluidNetwork(np.array(table.bandwidth_bps, dtype=float), unshared)
-        self._carried = np.zeros(len(table.latency))
+        self._carried = array("d", bytes(8 * len(table.latency)))
         self._watches: dict[int, _Watch] = {}
         self._active: dict[Transfer, None] = {}
         self._message_counts: dict[tuple[int, int], int] = {}
@@ -510,11 +511,11 @@ class Network:
 
     def usage(self) -> tuple[FloatArray, FloatArray]:
         """Return the bytes that each link has carried, and its busy time (s)."""
-        return self._carried.copy(), self._fluid.busy_time(self.env.now)
+        return np.array(self._carried), self._fluid.busy_time(self.env.now)
 
     def add_usage(self, carried: FloatArray, busy: FloatArray) -> None:
         """Count what links would have carried, and for how long, in what is not simulated."""
-        self._carried += carried
+        np.frombuffer(self._carried)[:] += carried
         self._fluid.add_busy_time(busy)
 
     def link_uses(self) -> list[LinkUse]:
@@ -525,10 +526,10 @@ class Network:
                 self.link_name(link),
                 self._states.bandwidth.item(link),
                 self._latency.item(link),
-                self._carried.item(link),
+                self._carried[link],
                 busy.item(link),
             )
-            for link in np.flatnonzero((self._carried > 0) | (busy > 0)).tolist()
+            for link in np.flatnonzero((np.frombuffer(self._carried) > 0) | (busy > 0)).tolist()
         ]
 
     def timeline(self, name: str, start: float, end: float) -> list[tuple[float, float]]:
