@@ -326,6 +326,8 @@ class Training(Section):
     """Coefficient of the L2 penalty."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of a device's gradient."""
+    keep_local: str | list[str] | None = None
+    """Tensors that stay on their devices: `batch_norm`, `batch_norm_statistics`, name patterns."""
 
     @model_validator(mode="before")
     @classmethod

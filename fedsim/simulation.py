@@ -31,11 +31,7 @@ from fedsim.flower.compat import quiet_flower
 from fedsim.flower.grid import Executor, NetworkGrid
 from fedsim.flower.instructions import WorkPlan, training_config
 from fedsim.flower.peers import PeerGraph
-from fedsim.flower.server import (
-    initial_arrays,
-    score,
-    score_models,
-)
+from fedsim.flower.server import initial_arrays, score, score_models, with_mean
 from fedsim.flower.session import Outcome, StopRule, check_strategy, start
 from fedsim.graphs import between_devices, build_graph, peer_graphs
 from fedsim.learning.attacks import Attack, Attacks, choose_attackers, flip_labels
@@ -127,7 +123,7 @@ class Simulation:
         scenario = self.scenario
         stop, on = scenario.stop, scenario.evaluation.on
         with self.crew:
-            return start(
+            outcome = start(
                 self.strategy,
                 self.grid,
                 initial_arrays(self.trainer),
@@ -137,12 +133,22 @@ class Simulation:
                 train_config=training_config(_local_config(scenario), added_config(scenario)),
                 evaluate=None
                 if on == "devices"
-                else partial(score, self.trainer, on=on, problem=self.problem),
+                else lambda arrays: score(
+                    self.trainer, self._completed(arrays), on=on, problem=self.problem
+                ),
                 evaluate_models=partial(score_models, self.trainer, on=on),
                 evaluate_every=scenario.evaluation.every,
                 record=record,
                 stop=StopRule(stop.accuracy, stop.time, stop.traffic) if stop else None,
             )
+        outcome.arrays = self._completed(outcome.arrays)
+        return outcome
+
+    def _completed(self, arrays: Any) -> Any:
+        """Return a model whose local part is the mean of what the devices keep."""
+        if self.scenario.training.keep_local is None:
+            return arrays
+        return with_mean(arrays, self.executor.kept("local"))  # type: ignore[attr-defined]
 
 
 def build(
@@ -217,6 +223,10 @@ def connect(
     with _at(place, is_strategy=True), quiet_flower():
         made = registry.build("strategy", world.strategies[strategy].spec())
         check_strategy(made, world.data.devices)
+    local = None
+    if world.training.keep_local is not None:
+        with _at(f"{place}: training.keep_local"):
+            local = made = _keeping_local(made, world, has_own_app=make is not None)
     if world.compression is not None:
         with _at(f"{place}: compression"), quiet_flower():
             made = _compressed(made, world)
@@ -241,8 +251,11 @@ def connect(
     with _at("model"):
         trainer = _build_trainer(world, data, device, crew, attacks)
     with _at(place if world.compression is None else f"{place}: compression"):
-        arrays = initial_arrays(trainer)
-        sizes = [math.prod(a.shape) for a in arrays.values() if "float" in a.dtype]
+        arrays = shared = initial_arrays(trainer)
+        if local is not None:
+            with _at(f"{place}: training.keep_local"):
+                shared = local.begin(arrays)
+        sizes = [math.prod(a.shape) for a in shared.values() if "float" in a.dtype]
         for half in halves_of(made):
             half.check(sizes)
     if hasattr(made, "check_models"):
@@ -535,11 +548,22 @@ def _build_trainer(
         data,
         scenario.executor,
         crew,
-        loss=scenario.training.loss,
+        loss=_loss(scenario.training.loss),
         seed=scenario.seed,
         device=device,
         attacks=attacks,
     )
+
+
+def _loss(name: str | None) -> Any:
+    """Return the function that ``package.module:name`` names; any other name as it is."""
+    if name is None or ":" not in name:
+        return name
+    with _at("training.loss"):
+        found = registry.import_object(name)
+    if not callable(found):
+        raise ScenarioError(f"training.loss: '{name}' is a {type(found).__name__}, not a function")
+    return found
 
 
 def _compressed(strategy: Any, scenario: Scenario) -> Any:
@@ -552,9 +576,21 @@ def _compressed(strategy: Any, scenario: Scenario) -> Any:
     return wrapper(strategy, seed=scenario.seed, **given)
 
 
+def _keeping_local(strategy: Any, scenario: Scenario, *, has_own_app: bool) -> Any:
+    """Return a strategy that leaves a part of the model on the devices."""
+    if has_own_app or scenario.executor.arguments.get("app") is not None:
+        raise ScenarioError(
+            "an app of one's own decides what it keeps (in Context.state); leave this out"
+        )
+    local = scenario.training.keep_local
+    wrapper = registry.import_object("strategies.personal:KeepLocal")
+    return wrapper(strategy, local=[local] if isinstance(local, str) else local)
+
+
 def _local_config(scenario: Scenario) -> LocalConfig:
     given = _given(scenario.training)
     given.pop("loss", None)
+    given.pop("keep_local", None)
     given["betas"] = tuple(given["betas"])
     if isinstance(given.get("local_steps"), list):
         given["local_steps"] = tuple(given["local_steps"])

@@ -223,11 +223,15 @@ class DeviceHalf:
         Names the half's state and its draws, and replies that it was applied.
     goes_round_mods : bool
         Whether Flower's own mods (clipping) see what the half decodes and is yet to encode.
+    completes_models : bool
+        Whether models to evaluate, too, lack what the half keeps: `receive` is then called for
+        them as well, and the state that it returns is dropped.
     """
 
     seed: int = 0
     name: ClassVar[str] = "half"
     goes_round_mods: ClassVar[bool] = False
+    completes_models: ClassVar[bool] = False
 
     def draws(self, rounds: ArrayLike, devices: ArrayLike, device: Any = "cpu") -> Draws:
         """Return the draws of these devices in these rounds."""
@@ -454,13 +458,14 @@ def as_mod(half: DeviceHalf) -> Callable[[Message, Context, ClientAppCallable], 
         )
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if not message.metadata.message_type.startswith("train"):
+        is_train = message.metadata.message_type.startswith("train")
+        if not (is_train or half.completes_models):
             return call_next(message, context)
         work = half.work(message, context)
         inner = copy(message)
         inner.content = work.content
         answer = call_next(inner, context)
-        if not answer.has_error():
+        if is_train and not answer.has_error():
             answer.content = work.sent(answer.content)
         return answer
 

@@ -23,7 +23,7 @@ from fedsim.executors.halves import DeviceHalf, DeviceWork, joined_terms
 from fedsim.executors.vectorised import train_or_evaluate
 from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan, round_of
-from fedsim.flower.records import private_copy
+from fedsim.flower.records import private_copy, stack_records
 from fedsim.learning.trainer import Trainer
 from fedsim.streams import bits
 
@@ -116,6 +116,12 @@ class ClientAppExecutor:
             )
         return self.contexts[node_id]
 
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Return what devices keep for a half, one tensor ``(n, *shape)`` per key."""
+        nodes = sorted(node for node, each in self.contexts.items() if name in each.state)
+        records = [self.contexts[node].state.array_records[name] for node in nodes]
+        return stack_records(records) if records else {}
+
 
 def call_app(app: Callable[..., Message], message: Message, context: Context, seed: int) -> Message:
     """Return an app's reply to a message of its own; an error reply if it raises.
@@ -203,11 +209,14 @@ def device_app(
 
     def answer(message: Message, context: Context) -> Message:
         device = int(context.node_config["partition-id"])
-        if not halves or not message.metadata.message_type.startswith("train"):
-            content = train_or_evaluate(trainer, plan, [message], [device])[0]
-            return Message(content, reply_to=message)
         works: list[DeviceWork] = []
         inner = copy(message)
+        if not halves or not message.metadata.message_type.startswith("train"):
+            for half in halves:
+                if half.completes_models:
+                    inner.content = half.work(inner, context).content
+            content = train_or_evaluate(trainer, plan, [inner], [device])[0]
+            return Message(content, reply_to=message)
         for half in halves:
             works.append(half.work(inner, context))
             inner.content = works[-1].content

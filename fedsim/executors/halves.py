@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from fedsim.errors import PayloadError
 from fedsim.flower import compat
 from fedsim.flower.instructions import WorkPlan, round_of, server_round, wants_steps
-from fedsim.flower.records import LazyArray, LazyArrayRecord
+from fedsim.flower.records import LazyArray, LazyArrayRecord, stacked_records
 from fedsim.learning.config import LocalConfig, LocalTerms
 from fedsim.learning.layout import Layout
 from fedsim.learning.trainer import Trainer
@@ -35,6 +36,10 @@ class DeviceHalf(Protocol):
     @property
     def goes_round_mods(self) -> bool:
         """Whether Flower's own mods see what the half decodes and is yet to encode."""
+
+    @property
+    def completes_models(self) -> bool:
+        """Whether models to evaluate, too, lack what the half keeps."""
 
     def check(self, sizes: Sequence[int]) -> None:
         """Raise a ValueError if a model with tensors of these sizes does not fit."""
@@ -103,12 +108,13 @@ class HalvesOfDevices:
         self._open: dict[str, tuple[int, list[Tensors], int]] = {}
         self._busy: dict[int, int] = {}  # node id → messages computed and not settled
         self._latest: dict[int, int] = {}  # node id → the last message whose states were taken up
+        self._completes = any(half.completes_models for half in halves)
 
     def is_settled(self, message: Message) -> bool:
         """Return whether no earlier message may still change what this one meets."""
         meta = message.metadata
-        is_train = meta.message_type.startswith("train")
-        return not is_train or not self._busy.get(meta.dst_node_id)
+        meets_state = self._completes or meta.message_type.startswith("train")
+        return not meets_state or not self._busy.get(meta.dst_node_id)
 
     def settle(self, message_id: str, *, has_arrived: bool) -> None:
         """Take up or drop the states after a message; one that a later has overtaken is dropped."""
@@ -128,6 +134,12 @@ class HalvesOfDevices:
             for half, state in zip(self._halves, states, strict=True)
         }
 
+    def kept(self, name: str) -> Tensors:
+        """Return what devices keep for a half, one tensor ``(n, *shape)`` per key."""
+        nodes = sorted(self._states)
+        h = [half.name for half in self._halves].index(name)
+        return self._gather(nodes, self._place)[h] if nodes else {}
+
     def around(
         self, evaluate: Evaluate, messages: Sequence[Message], devices: Sequence[int]
     ) -> list[RecordDict]:
@@ -144,19 +156,18 @@ class HalvesOfDevices:
         """
         layout = self._trainer.layout
         contents: list[RecordDict] = [RecordDict()] * len(messages)
-        groups, others = self._alike(messages)
+        trains = [m.metadata.message_type.startswith("train") for m in messages]
+        groups = self._alike(messages, [i for i, is_train in enumerate(trains) if is_train])
+        others = [i for i, is_train in enumerate(trains) if not is_train]
         if others:
-            done = evaluate([messages[i] for i in others], [devices[i] for i in others])
+            whole = self._completed(messages, devices, others)
+            done = evaluate(whole, [devices[i] for i in others])
             for i, content in zip(others, done, strict=True):
                 contents[i] = content
         batches = []
         together: dict[LocalConfig, list[_Batch]] = defaultdict(list)  # those without terms
         for rows in groups:
-            batch = _Batch(
-                [messages[i] for i in rows], [devices[i] for i in rows], self._halves, self._place
-            )
-            batch.states = self._gather(batch.nodes, self._place)
-            batch.receive(layout)
+            batch = self._received(messages, devices, rows, self._halves)
             batches.append((rows, batch))
             config = self._plan.local_config(batch.content)
             terms = joined_terms(batch.local(), layout)
@@ -176,21 +187,47 @@ class HalvesOfDevices:
         self._compact()
         return contents
 
-    def _alike(self, messages: Sequence[Message]) -> tuple[list[list[int]], list[int]]:
-        """Return the train instructions that one call serves, and the others.
+    def _received(
+        self,
+        messages: Sequence[Message],
+        devices: Sequence[int],
+        rows: Sequence[int],
+        halves: Sequence[DeviceHalf],
+    ) -> "_Batch":
+        """Return the instructions in these rows, with the models that some halves make of them."""
+        batch = _Batch([messages[i] for i in rows], [devices[i] for i in rows], halves, self._place)
+        states = self._gather(batch.nodes, self._place)
+        batch.states = [states[self._halves.index(half)] for half in halves]
+        batch.receive(self._trainer.layout)
+        return batch
 
-        All rows of a call have the same config, arrays and entries in their states.
+    def _completed(
+        self, messages: Sequence[Message], devices: Sequence[int], rows: Sequence[int]
+    ) -> list[Message]:
+        """Return instructions to evaluate, with the models that halves make whole."""
+        halves = [half for half in self._halves if half.completes_models]
+        whole = {i: messages[i] for i in rows}
+        for alike in self._alike(messages, rows) if halves else ():
+            batch = self._received(messages, devices, alike, halves)
+            records = stacked_records(self._trainer.layout.views(batch.model))
+            for i, record in zip(alike, records, strict=True):
+                content = messages[i].content
+                kept = {k: r for k, r in content.items() if not isinstance(r, ArrayRecord)}
+                whole[i] = copy(messages[i])
+                whole[i].content = compat.record_of(RecordDict, {"arrays": record, **kept})
+        return list(whole.values())
+
+    def _alike(self, messages: Sequence[Message], rows: Sequence[int]) -> list[list[int]]:
+        """Return those of these rows that one call serves.
+
+        They have the same config, arrays and entries in their states.
         """
         groups: dict[Any, list[int]] = defaultdict(list)
-        others = []
         structures: dict[int, Any] = {}  # many messages share one content, ...
         numbers: dict[Any, int] = {}
         entries: dict[int, Any] = {}  # ... and many devices one batch of states
-        for i, message in enumerate(messages):
-            meta, content = message.metadata, message.content
-            if not meta.message_type.startswith("train"):
-                others.append(i)
-                continue
+        for i in rows:
+            meta, content = messages[i].metadata, messages[i].content
             if id(content) not in structures:
                 structure = _structure(content)
                 structures[id(content)] = numbers.setdefault(structure, len(numbers))
@@ -198,7 +235,7 @@ class HalvesOfDevices:
             if id(states) not in entries:
                 entries[id(states)] = tuple(tuple(state) for state in states)
             groups[structures[id(content)], entries[id(states)]].append(i)
-        return list(groups.values()), others
+        return list(groups.values())
 
     def _gather(self, nodes: Sequence[int], place: torch.device) -> list[Tensors]:
         """Return the states of some devices as rows of one batch."""

@@ -84,6 +84,10 @@ class VectorisedExecutor:
         if self._halves is not None:
             self._halves.settle(message_id, has_arrived=has_arrived)
 
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Return what devices keep for a half, one tensor ``(n, *shape)`` per key."""
+        return {} if self._halves is None else self._halves.kept(name)
+
     def __call__(self, messages: Sequence[Message]) -> list[Message]:
         """Return the reply to each message, in the same order.
 

@@ -1,5 +1,6 @@
 """The server's side of a simulated run: the first model, its scores, the file of the last one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,41 @@ from safetensors.torch import save_file
 
 from fedsim.data.federated import FederatedData
 from fedsim.errors import PayloadError
-from fedsim.flower.records import stack_records, stacked_record
+from fedsim.flower.records import LazyArray, LazyArrayRecord, stack_records, stacked_record
 from fedsim.flower.session import Evaluation, Models
 from fedsim.learning.convex import ConvexProblem
 from fedsim.learning.evaluation import spread
 from fedsim.learning.trainer import Trainer
 
-__all__ = ["initial_arrays", "save_arrays", "save_confusion", "score", "score_models"]
+__all__ = [
+    "initial_arrays",
+    "save_arrays",
+    "save_confusion",
+    "score",
+    "score_models",
+    "with_mean",
+]
 
 
 def initial_arrays(trainer: Trainer) -> ArrayRecord:
     """Return the model that every strategy starts from."""
     return stacked_record(trainer.layout.views(trainer.initial()[None]), 0)
+
+
+def with_mean(arrays: ArrayRecord, kept: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Return a model in which some tensors are the means of what devices keep of them.
+
+    Parameters
+    ----------
+    arrays : ArrayRecord
+    kept : mapping of str to Tensor, shape (n_devices, *shape)
+    """
+    completed = LazyArrayRecord(arrays)
+    for key, rows in kept.items():
+        mean = rows.double().mean(0)
+        rounded = mean if rows.is_floating_point() else mean.round()
+        completed[key] = LazyArray(rounded.to(rows.dtype))
+    return completed
 
 
 def score(

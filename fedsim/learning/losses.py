@@ -105,5 +105,8 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor]) -> Loss:
     if callable(loss):
         return Loss(getattr(loss, "__name__", "custom"), loss, None, lambda o: o.argmax(-1))
     if loss not in LOSSES:
-        raise ScenarioError(f"training.loss: {loss!r} is not one of {', '.join(LOSSES)}")
+        raise ScenarioError(
+            f"training.loss: {loss!r} is not one of {', '.join(LOSSES)}, nor package.module:name "
+            "of a function of outputs and targets"
+        )
     return LOSSES[loss]

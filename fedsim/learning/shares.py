@@ -1,8 +1,8 @@
-"""Beyond one matrix on one device: models kept at home, means without the stack, several GPUs."""
+"""Beyond one matrix on one device: means without the stack, several GPUs."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,78 +12,19 @@ from torch import Tensor, nn
 from fedsim.data.federated import DeviceData
 from fedsim.errors import ScenarioError
 from fedsim.learning.config import LocalConfig, LocalTerms
-from fedsim.learning.layout import Layout
 from fedsim.learning.trainer import Collect, LocalResult, Trainer
 
 __all__ = [
     "RunningMean",
     "SharedTrainer",
-    "local_columns",
     "shares_of",
     "train_shares",
     "trainer_on",
-    "with_own_columns",
 ]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 _NO_TERMS = LocalTerms()
-
-
-def local_columns(
-    module: nn.Module, layout: Layout, keep: Literal["statistics", "batch_norm"]
-) -> IntArray:
-    """Return the columns of a row that stay on their device and are never averaged.
-
-    Parameters
-    ----------
-    module : nn.Module
-    layout : Layout
-    keep : {"statistics", "batch_norm"}
-        All buffers (BatchNorm's running statistics), or everything that belongs to a BatchNorm
-        layer, its scale and shift included.
-
-    Returns
-    -------
-    ndarray of int64
-        Empty if the module has no such tensors.
-
-    References
-    ----------
-    .. [1] Li et al., "FedBN: federated learning on non-IID features via local batch
-       normalization", ICLR 2021.
-    """
-    names = set(layout.buffers)
-    if keep == "batch_norm":
-        norms = [
-            prefix
-            for prefix, layer in module.named_modules()
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        ]
-        names = {n for n in layout.names if n.rpartition(".")[0] in norms}
-    places = [layout.columns(name) for name in layout.names if name in names]
-    return np.concatenate([np.arange(p.start, p.stop) for p in places] or [np.arange(0)])
-
-
-def with_own_columns(base: Tensor, base_rows: IntArray, columns: IntArray, own: Tensor) -> Tensor:
-    """Return one starting model a device: the version sent, with its own values in `columns`.
-
-    Parameters
-    ----------
-    base : Tensor, shape (V, P)
-    base_rows : ndarray of int64, shape (k,)
-    columns : ndarray of int64
-        See `local_columns`.
-    own : Tensor, shape (k, len(columns))
-        What each device kept: `params[:, columns]` of its last result.
-
-    Returns
-    -------
-    Tensor, shape (k, P)
-    """
-    rows = base[torch.from_numpy(base_rows).to(base.device)]
-    rows[:, torch.from_numpy(columns).to(base.device)] = own.to(rows.device, rows.dtype)
-    return rows
 
 
 class RunningMean:

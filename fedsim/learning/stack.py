@@ -138,6 +138,8 @@ class ModelStack:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not isinstance(outputs, Tensor):
+            raise ScenarioError(f"model: {name} gives a {type(outputs).__name__}, not one tensor")
         n_outputs = outputs.shape[-1] if outputs.dim() > 1 else 1
         if self.loss.name == "cross_entropy" and n_outputs < data.n_classes:
             raise ScenarioError(
@@ -153,7 +155,8 @@ class ModelStack:
             ) from error
         if losses.shape != (1,):
             raise ScenarioError(
-                f"model: loss {self.loss.name!r} gives shape {tuple(losses.shape)} for one sample"
+                f"training.loss: {self.loss.name!r} gives shape {tuple(losses.shape)} for a batch "
+                "of one sample; it must give one value for each (reduction='none'), shape (1,)"
             )
         return largest[0]
 

@@ -6,8 +6,8 @@ from fedsim.data.datasets import Dataset
 from fedsim.data.federated import federate
 from fedsim.errors import ScenarioError
 from fedsim.learning.config import LocalConfig, LocalTerms
-from fedsim.learning.models import build_model, mlp, resnet8
-from fedsim.learning.shares import RunningMean, local_columns, train_shares, with_own_columns
+from fedsim.learning.models import build_model, mlp
+from fedsim.learning.shares import RunningMean, train_shares
 from fedsim.learning.trainer import Trainer
 from fedsim.streams import stream
 
@@ -60,27 +60,3 @@ def test_a_running_mean_is_the_weighted_mean():
     assert (mean.value - expected).abs().max() < 1e-12
     with pytest.raises(ScenarioError, match="not above 0"):
         RunningMean(np.zeros(3))
-
-
-def test_batch_norm_can_stay_at_home():
-    data = make_data((3, 8, 8))
-    module = build_model(resnet8, (3, 8, 8), 3, seed=1, norm="batch")
-    trainer = Trainer(module, data, seed=2)
-    statistics = local_columns(module, trainer.layout, "statistics")
-    whole = local_columns(module, trainer.layout, "batch_norm")
-    channels = 16 + 2 * (16 + 32 + 64)
-    assert len(statistics) == 2 * channels + 7
-    assert len(whole) == 4 * channels + 7
-    config = LocalConfig(batch_size=4, drop_last=True)
-    first = trainer.train(*call(trainer), config)
-    average = first.params.mean(0, keepdim=True)
-    own = first.params[:, whole]
-    base = with_own_columns(average, np.zeros(K, int), whole, own)
-    assert torch.equal(base[:, whole], own)
-    others = np.setdiff1d(np.arange(trainer.layout.size), whole)
-    assert torch.equal(base[:, others], average[:, others].expand(K, -1))
-    second = trainer.train(base, np.arange(K), np.arange(K), np.full(K, 2), config)
-    counts = trainer.layout.views(second.params)["norm.num_batches_tracked"]
-    assert counts.tolist() == (2 * second.steps).tolist()
-    plain = build_model(mlp, (8,), 3, seed=1)
-    assert len(local_columns(plain, make_trainer(make_data()).layout, "statistics")) == 0
