@@ -21,7 +21,7 @@ __all__ = ["between_devices", "build_graph", "is_random", "peer_graphs"]
 
 
 def build_graph(
-    spec: Mapping[str, Any], devices: int, rng: np.random.Generator, **figures: float
+    spec: Mapping[str, Any], devices: int, rng: np.random.Generator, **figures: Any
 ) -> Graph:
     """Return the graph of a part of a scenario that names a topology.
 
@@ -34,7 +34,8 @@ def build_graph(
     rng : numpy.random.Generator
         For random graphs.
     **figures
-        ``bandwidth`` (bit/s) and ``latency`` (s) of links for which the family has none.
+        ``bandwidth`` (bit/s) and ``latency`` (s) of links for which the family has none; of a tree
+        a list, for each tier.
 
     Raises
     ------

@@ -322,7 +322,14 @@ def _clashes(world: Scenario) -> Iterator[Problem]:
             "'validation' needs samples: set data.validation_fraction above 0, for example 0.1",
         )
     topology = world.topology
-    yield from _graph_problems(world)
+    tiers = [k for k in ("bandwidth", "latency", "uplink", "downlink") if _is_list(topology, k)]
+    if tiers and (topology.kind != "tree" or not {*tiers} <= {"bandwidth", "latency"}):
+        yield Problem(
+            ("topology", tiers[-1]),
+            "a list is a value for each tier, which is for the bandwidth and latency of a tree",
+        )
+        return
+    yield from _graph_problems(world, {key: getattr(topology, key) for key in tiers})
     if topology.kind == "star":
         if world.network.link_down == "reroute":
             yield Problem(
@@ -335,12 +342,16 @@ def _clashes(world: Scenario) -> Iterator[Problem]:
             yield Problem(("topology", key), "only a star has it; use 'bandwidth'")
 
 
-def _graph_problems(world: Scenario) -> Iterator[Problem]:
+def _is_list(section: Spec, key: str) -> bool:
+    return isinstance(getattr(section, key), list)
+
+
+def _graph_problems(world: Scenario, tiers: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield what is wrong with the graphs; families check their own arguments as they build."""
     devices, seed = world.data.devices, world.seed
     if world.topology.kind != "star":
         try:
-            build_graph(world.topology.spec(), devices, stream(seed, "topology"))
+            build_graph(world.topology.spec(), devices, stream(seed, "topology"), **tiers)
         except ScenarioError as error:
             yield Problem(("topology",), str(error))
     peers = world.peers

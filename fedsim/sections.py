@@ -109,12 +109,14 @@ class Choice(Section, Generic[QuantityT]):
     values: tuple[QuantityT, ...] = Field(min_length=1)
 
 
-DISTRIBUTIONS = ("quantity", "lognormal", "uniform", "choice")
+DISTRIBUTIONS = ("quantity", "lognormal", "uniform", "choice", "tiers")
 
 
 def _distribution(value: Any) -> str:
     if isinstance(value, Mapping):
         return str(value.get("kind"))
+    if isinstance(value, list):
+        return "tiers"
     return value.kind if isinstance(value, Lognormal | Uniform | Choice) else "quantity"
 
 
@@ -123,18 +125,20 @@ _Rates = Annotated[
     Annotated[_Rate, Tag("quantity")]
     | Annotated[Lognormal[_Rate], Tag("lognormal")]
     | Annotated[Uniform[_Rate], Tag("uniform")]
-    | Annotated[Choice[_Rate], Tag("choice")],
+    | Annotated[Choice[_Rate], Tag("choice")]
+    | Annotated[list[_Rate], Tag("tiers")],
     Discriminator(_distribution),
 ]
 _Durations = Annotated[
     Annotated[Duration, Tag("quantity")]
     | Annotated[Lognormal[Duration], Tag("lognormal")]
     | Annotated[Uniform[Duration], Tag("uniform")]
-    | Annotated[Choice[Duration], Tag("choice")],
+    | Annotated[Choice[Duration], Tag("choice")]
+    | Annotated[list[Duration], Tag("tiers")],
     Discriminator(_distribution),
 ]
-Quantity = float | Lognormal[Any] | Uniform[Any] | Choice[Any]
-"""One value for all devices, or how the values of the devices are spread (base units)."""
+Quantity = float | Lognormal[Any] | Uniform[Any] | Choice[Any] | list[float]
+"""One value for all, how the values are spread, or one for each tier of a tree (base units)."""
 
 
 def draw(quantity: Quantity, n: int, rng: np.random.Generator) -> FloatArray:
@@ -385,7 +389,8 @@ class Topology(Spec):
     kind: str = "star"
     """The shape: `star` puts one server in the middle; `fedsim list topology` names the others."""
     bandwidth: _Rates = Field(default=math.inf, json_schema_extra={"default": "unlimited"})
-    """Rate of each link, per direction: one value, or how values are spread."""
+    """Rate of each link, per direction: one value, how values are spread, or a list (tree only):
+    one value for each tier, from the root down."""
     latency: _Durations = 0.0
     """One-way delay of each link."""
     uplink: _Rates | None = None

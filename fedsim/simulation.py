@@ -463,7 +463,9 @@ def make_graph(scenario: Scenario) -> Graph | None:
         return None
     spread = {"bandwidth": topology.bandwidth, "latency": topology.latency}
     given = {"bandwidth": math.inf, "latency": 0.0}
-    figures = {k: v for k, v in spread.items() if isinstance(v, float) and v != given[k]}
+    figures: dict[str, Any] = {
+        k: v for k, v in spread.items() if isinstance(v, float | list) and v != given[k]
+    }
     devices, rng = scenario.data.devices, stream(seed, "topology")
     graph = build_graph(topology.spec(), devices, rng, **figures)
     for key in spread.keys() - figures.keys():

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import simpy
 
+import fedsim
 from fedsim.devices import DeviceFleet
-from fedsim.errors import NetworkError, PayloadError
+from fedsim.errors import NetworkError, PayloadError, ScenarioError
 from fedsim.executors.vectorised import VectorisedExecutor
 from fedsim.flower.grid import NODE_BASE, NetworkGrid
 from fedsim.flower.instructions import WorkPlan
-from fedsim.flower.records import stacked_record
+from fedsim.flower.records import array_bytes, stacked_record
+from fedsim.flower.server import initial_arrays
 from fedsim.flower.session import start
 from fedsim.learning.config import LocalConfig
 from fedsim.network import graph_network
+from fedsim.simulation import build
 from strategies import linear
 from strategies.hierarchical import HierarchicalFedAvg
 from tests.fedsim.q8_world import q8_star, q8_trainer
@@ -150,3 +153,38 @@ def test_a_backhaul_without_an_edge_server_is_refused():
 
     with pytest.raises(PayloadError, match=r"goes with exchange\.server 'edge'"):
         run(Wrong(**QUIET), 1, tree_grid())
+
+
+def test_the_scenario_sends_one_model_a_site_where_fedavg_sends_all():
+    scenario = fedsim.load_scenario(
+        "scenarios/edge_cloud.yaml", ["rounds=5", "stop=null", "record.transfers=false"]
+    )
+    crossed = {}
+    for name in scenario.strategies:
+        simulation = build(scenario, name)
+        weight = sum(map(array_bytes, initial_arrays(simulation.trainer).values()))
+        simulation.run()
+        uses = {use.name: use for use in simulation.network.link_uses()}
+        ways = [f"{a}>{b}" for site in range(41, 45) for a, b in ((40, site), (site, 40))]
+        assert {(uses[way].bandwidth_bps, uses[way].latency) for way in ways if way in uses} == {
+            (1e6, 0.03)
+        }
+        assert (uses["0>41"].bandwidth_bps, uses["0>41"].latency) == (20e6, 0.002)
+        crossed[name] = [uses[way].carried_bytes / weight if way in uses else 0 for way in ways]
+    assert crossed["fedavg"] == pytest.approx([5 * 10] * 8)
+    assert crossed["every-5th-round"] == pytest.approx([1] * 8)
+    assert crossed["every-20th-round"] == pytest.approx([1, 0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("topology.bandwidth=[1 Mbit/s]", "topology"),
+        ("topology.bandwidth=[1 Mbit/s, much]", r"topology.bandwidth\.?\[?1"),
+        ("topology={kind: star, latency: [1 ms, 2 ms]}", "topology.latency: a list is a value"),
+        ("topology={kind: ring, bandwidth: [1 Mbit/s]}", "topology.bandwidth: a list is a value"),
+    ],
+)
+def test_values_for_tiers_that_are_not_there_are_refused(override, message):
+    with pytest.raises(ScenarioError, match=message):
+        fedsim.load_scenario("scenarios/edge_cloud.yaml", [override])
