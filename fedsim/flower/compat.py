@@ -89,12 +89,12 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
 def record_of(kind: type[RecordT], values: dict[str, Any]) -> RecordT:
     """Return a new record that holds this very dict; nothing is checked."""
     record = kind.__new__(kind)
-    record.__dict__.update(_empty(kind), _data=values)
+    record.__dict__.update(_empty(kind), _data=values)  # type: ignore[arg-type]  # it is hashable
     return record
 
 
 @cache
-def _empty(kind: type[RecordT]) -> dict[str, Any]:
+def _empty(kind: Callable[[], Any]) -> dict[str, Any]:
     """Return what an empty record of a kind has in its `__dict__`."""
     return dict(kind().__dict__)
 
