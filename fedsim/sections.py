@@ -470,6 +470,9 @@ class NetworkOptions(Section):
     """What fails when, whatever the `links` do."""
     header_bytes: int = Field(default=0, ge=0)
     """Bytes added to every message."""
+    downlink: Literal["unicast", "broadcast"] = "unicast"
+    """Whether what the server sends to several devices alike crosses links that they share, and
+    counts, once for each of them or once for all, as in a radio cell."""
     accounting: Literal["dense", "flower"] = "dense"
     """What a payload weighs: its numbers, or all that Flower would serialise."""
 

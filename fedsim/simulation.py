@@ -297,6 +297,7 @@ def connect(
         header_bytes=world.network.header_bytes,
         accounting=world.network.accounting,
         free_evaluation=world.evaluation.cost == "free",
+        broadcasts=world.network.downlink == "broadcast",
         cancel_late=world.network.late == "cancel",
         peers=peers,
         seed=world.seed,
@@ -513,7 +514,14 @@ def make_peers(scenario: Scenario, graph: Graph | None) -> PeerGraph | None:
 def _transfer_options(scenario: Scenario) -> dict[str, Any]:
     """Return how payloads travel; headers are the grid's, which counts them in the records."""
     options = scenario.network
-    not_the_networks = {"loss_reply", "accounting", "header_bytes", "failures", "late"}
+    not_the_networks = {
+        "loss_reply",
+        "accounting",
+        "header_bytes",
+        "failures",
+        "late",
+        "downlink",
+    }
     found = {k: v for k, v in _given(options).items() if k not in not_the_networks}
     if "transfer_timeout" in found:
         found["timeout"] = found.pop("transfer_timeout")

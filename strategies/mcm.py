@@ -351,7 +351,8 @@ class CompressedSGD(flower.FedAvg):
         self._sent_versions: dict[int, int] = {}
         self._dense_before: dict[int, Tensor] = {}
         self._pending: dict[int, int] = {}
-        self._n_available = self._broadcast_bytes = 0
+        self._n_available = 0
+        self._plain: ArrayRecord | None = None  # the model that all are sent in a round
         self._participants = participants
         self._is_nearest = rounding == "nearest"
         self.device_halves = (
@@ -445,7 +446,7 @@ class CompressedSGD(flower.FedAvg):
         if self.averaged:
             self._mean = self._mean + (model - self._mean) / (server_round + 1)
             model = self._mean
-        metrics = MetricRecord({"broadcast-bytes": self._broadcast_bytes})
+        metrics = MetricRecord()
         said = [r for m in valid.values() for r in m.content.values()]
         found = [r for r in said if isinstance(r, MetricRecord)]
         if losses := [record["train_loss"] for record in found if "train_loss" in record]:
@@ -485,7 +486,7 @@ class CompressedSGD(flower.FedAvg):
                 self._versions.append(0)
         self.server.grow(len(self._rows))
         self._n_available = len(available)
-        self._broadcast_bytes = 0
+        self._plain = None
         if self._participants is not None:
             return sorted(self._participants(server_round, available))
         if self.participation == 1:
@@ -542,8 +543,8 @@ class CompressedSGD(flower.FedAvg):
         if choice:
             config["compressor"] = choice
         if scheme.downlink in ("plain", "ghost"):
-            self._broadcast_bytes = self._dense_bytes
-            return RecordDict({"arrays": self._record(server.sent[0]), "config": config})
+            self._plain = self._plain or self._record(server.sent[0])
+            return RecordDict({"arrays": self._plain, "config": config})
         content = RecordDict()
         current = self._sent_versions.get(group, 0)
         messages = ArrayRecord()
@@ -554,9 +555,12 @@ class CompressedSGD(flower.FedAvg):
             m.size_bytes for m in last
         ):
             missed = last
-            held = server.model[0] if scheme.downlink != "model" else self._dense_before.get(group)
-            content["arrays"] = self._record(server.model[0] if held is None else held)
-            self._broadcast_bytes += self._dense_bytes
+            before = self._dense_before.get(group) if scheme.downlink == "model" else None
+            if before is None:
+                self._plain = self._plain or self._record(server.model[0])
+                content["arrays"] = self._plain
+            else:
+                content["arrays"] = self._record(before)
             if server.velocity is not None and scheme.downlink != "model" and current:
                 velocity = pack(Identity(), server.velocity, nearest)
                 messages["velocity"] = velocity.array(0)
@@ -564,7 +568,6 @@ class CompressedSGD(flower.FedAvg):
         config["tensors"], config["dtype"] = self._tensors, str(server.model.dtype).split(".")[1]
         if missed:
             config["steps"] = [m.step for m in missed]
-            self._broadcast_bytes += missed[-1].size_bytes
         for j, logged in enumerate(missed):
             messages[str(j)] = logged.array
         if messages:

@@ -13,7 +13,7 @@ differential-privacy wrappers drop a whole round for one error reply but accept 
 import logging
 import math
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager
 from copy import copy
@@ -47,7 +47,7 @@ from fedsim.flower.records import (
 from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network import Delivery, Network, edges, plan
 from fedsim.network.collective import Collectives
-from fedsim.network.exchange import Trip, serve
+from fedsim.network.exchange import Broadcast, Trip, serve
 from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import ComputeRow, Recorder, TransferRow
 from topologies.profiles import Profile
@@ -190,6 +190,8 @@ class NetworkGrid(Grid):
         Cast float arrays on the way down to the dtype their key first had.
     free_evaluation : bool
         Evaluate messages take no time and no bytes and are never lost.
+    broadcasts : bool
+        Instructions of one push that carry the same arrays are one transmission by the server.
     cancel_late : bool
         What a timeout of `send_and_receive` finds on its way is cancelled; else it travels on.
     peers : PeerGraph, optional
@@ -220,6 +222,7 @@ class NetworkGrid(Grid):
         accounting: Literal["dense", "flower"] = "dense",
         keep_dtypes: bool = True,
         free_evaluation: bool = False,
+        broadcasts: bool = False,
         cancel_late: bool = False,
         peers: PeerGraph | None = None,
         seed: int = 0,
@@ -245,6 +248,7 @@ class NetworkGrid(Grid):
         self._intake = Intake(accounting, keep_dtypes=keep_dtypes)
         self._is_finite = FiniteCheck()
         self._free_evaluation = free_evaluation
+        self._broadcasts = broadcasts
         self._cancel_late = cancel_late
         self._peers = peers
         hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
@@ -356,6 +360,8 @@ class NetworkGrid(Grid):
             self.on_train_push()
         self._start_round(max((load.round or 0 for load in loads), default=0))
         flights = [self._board(m, load) for m, load in zip(batch, loads, strict=True)]
+        if self._broadcasts:
+            self._join_broadcasts(flights)
         between: list[tuple[Trip, list[int]]] = []
         for flight, among in zip(flights, peers, strict=True):
             if among is not None:
@@ -570,8 +576,33 @@ class NetworkGrid(Grid):
     def _release(self, trip: Trip) -> None:
         """Count an instruction that sets off to its device."""
         self._traffic.messages_sent += 1
-        if self.fleet.is_available(trip.device, self.env.now):
+        if not self.fleet.is_available(trip.device, self.env.now):
+            return
+        if trip.broadcast is None or not trip.broadcast.is_counted:
             self._traffic.bytes_down += trip.bytes_down
+        if trip.broadcast is not None:
+            trip.broadcast.is_counted = True
+
+    def _join_broadcasts(self, flights: Sequence[_Flight]) -> None:
+        """Let what is the same for several devices be sent once to all of them."""
+        groups: dict[Any, list[Trip]] = defaultdict(list)
+        for flight in flights:
+            trip, message = flight.trip, flight.message
+            is_there = self.fleet.is_available(trip.device, self.env.now)
+            if message is None or trip.exchange != "server" or self._is_free(trip.kind):
+                continue
+            records = message.content.array_records.values()
+            arrays = tuple(id(array) for record in records for array in record.values())
+            if arrays and is_there:
+                by_edge = flight.exchange.by_edge
+                server = edges.edge_of(self.network, trip.device) if by_edge else None
+                groups[server, trip.bytes_down, arrays].append(trip)
+        for (server, *_), trips in groups.items():
+            origin = cast(int, self.network.server) if server is None else server
+            routes = (self.network.route(origin, trip.device) for trip in trips)
+            broadcast = Broadcast(Counter(link for route in routes for link in route))
+            for trip in trips:
+                trip.broadcast = broadcast
 
     def _depart_by_edge(self, flights: Sequence[_Flight]) -> None:
         """Send off what travels by way of edge servers, each with what it fetches and sends on."""

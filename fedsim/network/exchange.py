@@ -7,7 +7,7 @@ SimPy process: a trip is driven by the callbacks of a few events.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -16,7 +16,7 @@ import simpy
 from fedsim.errors import NetworkError
 from fedsim.network.transfers import Delivery, Network
 
-__all__ = ["Compute", "Trip", "at", "serve", "then"]
+__all__ = ["Broadcast", "Compute", "Trip", "at", "serve", "then"]
 
 
 class Compute(Protocol):
@@ -44,6 +44,22 @@ class Cancellable(Protocol):
 
     def cancel(self) -> None:
         """Take it off; without effect if it is over."""
+
+
+@dataclass(slots=True, eq=False)
+class Broadcast:
+    """What is the same for several devices, sent once to all of them.
+
+    Attributes
+    ----------
+    copies : mapping of int to int
+        Link id → how many of the devices are reached over it.
+    is_counted : bool
+        Whether its bytes were counted.
+    """
+
+    copies: Mapping[int, int]
+    is_counted: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +100,8 @@ class Trip:
         or ``expired`` (the reply outlived its TTL).
     transfer : Cancellable or None
         What is under way for it: a payload between server and device, or a whole collective.
+    broadcast : Broadcast or None
+        What its download is a copy of.
     """
 
     message_id: str
@@ -107,6 +125,7 @@ class Trip:
     is_closed: bool = False
     is_cancelled: bool = False
     transfer: Cancellable | None = None
+    broadcast: Broadcast | None = None
 
     def cancel(self) -> None:
         """Take what is under way for it off the network; send no reply when its work is done."""
@@ -206,7 +225,9 @@ def serve(
             end("ok")
 
     if compute.is_available(trip.device, env.now):
-        trip.transfer = download = network.transfer(node, trip.device, trip.bytes_down)
+        copies = None if trip.broadcast is None else trip.broadcast.copies
+        download = network.transfer(node, trip.device, trip.bytes_down, copies=copies)
+        trip.transfer = download
         then(download, receive)
     else:
         at(env, env.now, lambda _: end("offline"))

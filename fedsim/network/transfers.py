@@ -115,6 +115,7 @@ class Transfer(simpy.Event):
         "bits_left",
         "cap_bps",
         "consumption",
+        "copies",
         "destination",
         "drop_draw",
         "first_byte",
@@ -161,6 +162,7 @@ class Transfer(simpy.Event):
         self.weight = weight
         self.cap_bps = cap_bps
         self.consumption: dict[int, float] | None = None
+        self.copies: Mapping[int, int] | None = None
         self.spread: Spread | None = None
         self.shares: Mapping[int, float] | None = None  # of a payload on several routes
         self.link_down: LinkDown = network.options.link_down
@@ -331,6 +333,7 @@ class Network:
         route: Sequence[str] | None = None,
         consumption: Mapping[str, float] | None = None,
         spread: Spread | None = None,
+        copies: Mapping[int, int] | None = None,
     ) -> Transfer:
         """Send a payload now.
 
@@ -351,6 +354,10 @@ class Network:
             medium whose capacity is time: 1 / rate of the station).
         spread : Spread, optional
             Several routes at once, and what happens when one of them breaks.
+        copies : mapping of int to int, optional
+            Link id → how many payloads cross it as one: a broadcast whose copies part later. Each
+            of the payloads is given the same mapping. A copy that is sent again, or takes a detour,
+            travels by itself.
 
         Returns
         -------
@@ -379,6 +386,9 @@ class Network:
             transfer.link_down = spread.link_down
             if spread.exact_bytes is not None:
                 transfer.wire_bits = self.options.wire_bits(spread.exact_bytes)
+        if copies is not None:
+            transfer.copies = copies
+            transfer.shares = {link: 1.0 / copies[link] for link in links}
         if consumption:
             transfer.consumption = {
                 link: value
@@ -618,6 +628,8 @@ class Network:
 
     def _route_latency(self, transfer: Transfer) -> float:
         latency, shares = self._latency, transfer.shares
+        if transfer.copies is not None:
+            shares = None
         total = 0.0
         for link in transfer.route:
             total += latency.item(link) * (1.0 if shares is None else shares[link])
@@ -735,6 +747,8 @@ class Network:
 
     def _try_again(self, transfer: Transfer, now: float) -> None:
         transfer.is_waiting = False
+        if transfer.copies is not None:
+            transfer.copies = transfer.shares = None
         self._release(transfer, now)
 
     def _close(self, transfer: Transfer, outcome: Outcome, reason: str) -> None:
@@ -778,13 +792,14 @@ class Network:
         if self.options.loss == "none":
             return 0.0
         arrives = 1.0
+        shares = transfer.shares if transfer.copies is None else None
         for link in transfer.route:
             watch = self._watches.get(link)
             if watch is not None:
                 lost = 0.0 if watch.burst and self.options.loss == "drop" else watch.loss
             else:
                 lost = 0.0 if self._loss is None else self._loss.item(link)
-            share = 1.0 if transfer.shares is None else transfer.shares[link]
+            share = 1.0 if shares is None else shares[link]
             arrives *= 1.0 - lost * share
         return 1.0 - arrives
 
@@ -841,7 +856,7 @@ class Network:
             return False
         self._leave(transfer, now)
         self._unwatch(transfer)
-        transfer.route, transfer.shares = detour, shares
+        transfer.route, transfer.shares, transfer.copies = detour, shares, None
         self._watch(transfer, now)
         return True
 

@@ -45,6 +45,32 @@ def test_every_strategy_of_a_scenario_is_compressed_unless_it_says_otherwise():
         assert result.summary["bytes_total"] == sum(r.bytes_total for r in result.rounds)
 
 
+def test_a_broadcast_downlink_counts_what_is_the_same_for_all_once():
+    dense = 4 * PARAMETERS
+    down = {"kind": "quantise", "levels": 4}
+    given = {"kind": "fedavg"}, {"kind": "fedavg", "compression": {"down": down}}
+    rand = {"kind": "compressed_sgd", "algorithm": "rand_mcm"}
+    strategies = {"plain": given[0], "coded": given[1], "rand": rand}
+    world = {"server_bandwidth": "8 kbit/s", "kind": "star", "bandwidth": "1 Gbit/s", "latency": 0}
+
+    def runs(downlink):
+        made = scenario(strategies=strategies, topology=world, network={"downlink": downlink})
+        return fedsim.run(made).strategies
+
+    each, once = runs("unicast"), runs("broadcast")
+    for name in strategies:
+        assert each[name].rounds[0].bytes_down == 6 * once[name].rounds[0].bytes_down == 6 * dense
+        assert [r.eval_loss for r in each[name].rounds] == [r.eval_loss for r in once[name].rounds]
+    for name in ("plain", "coded"):
+        for one, other in zip(each[name].rounds, once[name].rounds, strict=True):
+            assert one.bytes_down == 6 * other.bytes_down
+    # messages of their own are charged to each device
+    own = [[r.bytes_down for r in runs["rand"].rounds[1:]] for runs in (each, once)]
+    assert own[0] == own[1]
+    saved = [each[n].rounds[0].virtual_time - once[n].rounds[0].virtual_time for n in strategies]
+    assert saved == pytest.approx([5 * dense / 1000] * 3, rel=1e-3)
+
+
 def test_results_do_not_depend_on_the_executor():
     options = {"compression": {"up": {"kind": "top_k", "fraction": 0.1}, "down": "quantise"}}
     both = [rounds_of(scenario(executor=kind, **options)) for kind in ("vectorised", "client_app")]

@@ -40,6 +40,31 @@ def test_the_server_link_is_shared_and_directions_are_independent(env):
     assert down.value.finished == 1.0
 
 
+def test_copies_of_a_broadcast_cross_a_shared_link_as_one(env):
+    network = star(env, server_down_bps=1e6, downlink_bps=[1e6, 1e6, 1e6, 5e5])
+    copies = {link: 0 for i in range(4) for link in network.route(4, i)}
+    for i in range(4):
+        for link in network.route(4, i):
+            copies[link] += 1
+    sent = [network.transfer(4, i, MBIT, copies=copies) for i in range(4)]
+    env.run()
+    assert [t.value.finished for t in sent] == [1.5, 1.5, 1.5, 2.5]  # the latency in full
+    carried = {use.name: use.carried_bytes for use in network.link_uses()}
+    assert carried == {"server-down": MBIT} | {f"down-{i}": MBIT for i in range(4)}
+
+
+def test_a_copy_of_a_broadcast_that_is_sent_again_travels_by_itself(env):
+    network = star(env, latency=0.0, server_down_bps=1e6, message_loss=0.9, retries=99, seed=3)
+    copies = {network.route(4, 0)[0]: 4} | {network.route(4, i)[1]: 1 for i in range(4)}
+    sent = [network.transfer(4, i, MBIT, copies=copies) for i in range(4)]
+    env.run()
+    assert {t.value.outcome for t in sent} == {"delivered"}
+    repeated = sum(t.value.attempts for t in sent) - 4
+    assert repeated
+    carried = {use.name: use.carried_bytes for use in network.link_uses()}
+    assert carried["server-down"] == pytest.approx((1 + repeated) * MBIT)
+
+
 def test_devices_of_a_star_reach_each_other_over_the_server(env):
     network = star(env, uplink_bps=[1e6] * 4, downlink_bps=[5e5] * 4)
     transfer = network.transfer(0, 3, MBIT)
