@@ -163,6 +163,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "fashion_mnist": "fedsim.data.images:load_fashion_mnist",
             "image_folder": "fedsim.data.images:load_image_folder",
             "least_squares": "fedsim.data.synthetic:load_least_squares",
+            "libsvm": "fedsim.data.tables:load_libsvm",
             "logistic": "fedsim.data.synthetic:load_logistic",
             "mnist": "fedsim.data.images:load_mnist",
             "npz": "fedsim.data.datasets:load_npz",

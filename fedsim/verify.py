@@ -5,7 +5,8 @@ the tests read the same files. Those of the network were computed by SimGrid, an
 simulator (the tolerance is relative to each flow's duration); those of collectives are exact
 counts, send lists and times. Those of compression are iterates of every algorithm of the MCM family
 on least squares, with deterministic rounding: they go through the real strategy, its device half,
-the vectorised executor and the network grid.
+the vectorised executor and the network grid; so do those of another problem, logistic regression
+on clustered samples included.
 """
 
 import gzip
@@ -24,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import registry
-from fedsim.data.federated import FederatedData
+from fedsim.data.federated import FederatedData, federate
+from fedsim.data.tables import clustered
 from fedsim.devices import DeviceFleet
 from fedsim.errors import ScenarioError
 from fedsim.executors.vectorised import VectorisedExecutor
@@ -34,7 +36,8 @@ from fedsim.flower.instructions import WorkPlan
 from fedsim.flower.server import initial_arrays
 from fedsim.flower.session import session
 from fedsim.learning.config import LocalConfig
-from fedsim.learning.models import linear_regression
+from fedsim.learning.convex import ConvexProblem
+from fedsim.learning.models import linear_regression, logistic_regression
 from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
 from fedsim.network import replay, star_network
@@ -100,8 +103,9 @@ def verify(cases: Path | None = None) -> list[FamilyResult]:
         A directory of ``*.json`` or ``*.json.gz`` files, or one such file; by default the cases
         that ship with the package. A file holds one network case, a list of them, or answers for
         collectives. Golden traces of compression are ``NAME_golden.npz`` (or
-        ``NAME_golden_pp.npz``, under partial participation) beside ``NAME_data.npz``; a
-        ``NAME_summary.json`` is left alone.
+        ``NAME_golden_pp.npz``, under partial participation) beside ``NAME_data.npz``: least squares
+        ``X``, ``Y``, or the sparse rows and clusters of a logistic regression
+        (`fedsim.data.tables.load_libsvm`). A ``NAME_summary.json`` is left alone.
 
     Returns
     -------
@@ -212,17 +216,15 @@ def _traces(cases: Path | None) -> Iterator[tuple[str, Mapping[str, Any], Mappin
         name, marked, rest = file.name.partition("_golden")
         if not marked or rest not in (".npz", "_pp.npz"):
             continue
-        yield file.name, _arrays(root.joinpath(f"{name}_data.npz"), "X", "Y"), _arrays(file)
+        yield file.name, _arrays(root.joinpath(f"{name}_data.npz")), _arrays(file)
 
 
-def _arrays(file: Any, *needed: str) -> dict[str, NDArray[Any]]:
+def _arrays(file: Any) -> dict[str, NDArray[Any]]:
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
             found = dict(arrays)
     except (OSError, ValueError, BadZipFile) as error:
         raise ScenarioError(f"{file}: cannot be read as arrays ({error})") from error
-    if missing := [name for name in needed if name not in found]:
-        raise ScenarioError(f"{file}: has no array {missing[0]!r}, only {', '.join(found)}")
     return found
 
 
@@ -245,21 +247,21 @@ def _replay_traces(
     name: str, problem: Mapping[str, Any], golden: Mapping[str, Any]
 ) -> Iterator[Replayed]:
     """Run every algorithm of a file; an error is relative to the largest entry, or 1."""
-    x, y = _least_squares(name, problem)
+    data = _logistic(name, problem) if "indptr" in problem else _least_squares(name, problem)
+    d = data.x.shape[1]
     mask = golden.get("mask")
     if mask is not None:
-        _check_mask(name, mask, len(x))
-    smoothness = np.mean([2 * np.linalg.norm(each.T @ each) / len(each) for each in x])
-    rate = float(1 / smoothness if mask is None else 1 / (2 * smoothness))
+        _check_mask(name, mask, len(data.size))
+    smoothness = ConvexProblem(data, "logistic" if data.n_classes else "squared_error").smoothness
+    rate = 1 / smoothness if mask is None else 1 / (2 * smoothness)
     traces = {key: trace for key, trace in golden.items() if key != "mask"}
     if not traces:
         raise ScenarioError(f"{name}: no iterates there; an array for each algorithm is needed")
     for key, expected in traces.items():
         algorithm, correction = _algorithm(name, key)
-        if expected.ndim != 2 or expected.shape[1] != x.shape[2] or not len(expected):
+        if expected.ndim != 2 or expected.shape[1] != d or not len(expected):
             raise ScenarioError(
-                f"{name}: {key} has the shape {expected.shape}, and should have (rounds, "
-                f"{x.shape[2]})"
+                f"{name}: {key} has the shape {expected.shape}, and should have (rounds, {d})"
             )
         settings: dict[str, Any] = {"learning_rate": rate}
         if mask is not None:
@@ -268,7 +270,7 @@ def _replay_traces(
                 raise ScenarioError(
                     f"{name}: mask has {len(mask)} rounds, {key} has {len(expected)}"
                 )
-        found = _iterates(x, y, algorithm, settings, len(expected), mask)
+        found = _iterates(data, algorithm, settings, len(expected), mask)
         scale = max(1.0, float(np.abs(expected).max()))
         error = float(np.abs(found - expected).max()) / scale
         family = "compression" if mask is None else "compression, partial participation"
@@ -291,8 +293,17 @@ def _algorithm(name: str, key: str) -> tuple[str, str]:
     return algorithm, f"pp{correction or 1}"
 
 
-def _least_squares(name: str, problem: Mapping[str, Any]) -> tuple[FloatArray, FloatArray]:
-    """Return samples (devices, n, d) and labels (devices, n).
+def _logistic(name: str, problem: Mapping[str, Any]) -> FederatedData:
+    """Return classes 0 and 1, standardised features with a column of ones, cluster by cluster."""
+    dataset = clustered(name, problem)
+    device = dataset.device_train
+    assert device is not None
+    n_devices = int(device.max()) + 1
+    return federate(dataset, [np.flatnonzero(device == i) for i in range(n_devices)])
+
+
+def _least_squares(name: str, problem: Mapping[str, Any]) -> FederatedData:
+    """Return samples and labels of an array (devices, n, d) and one (devices, n).
 
     Raises
     ------
@@ -300,6 +311,8 @@ def _least_squares(name: str, problem: Mapping[str, Any]) -> tuple[FloatArray, F
         If they are no numbers or do not fit together.
     """
     for key in ("X", "Y"):
+        if key not in problem:
+            raise ScenarioError(f"{name}: its data has no array {key!r}, only {', '.join(problem)}")
         if problem[key].dtype.kind not in "fiu":
             raise ScenarioError(f"{name}: {key} holds {problem[key].dtype}, not numbers")
         if not np.isfinite(problem[key]).all():
@@ -313,7 +326,11 @@ def _least_squares(name: str, problem: Mapping[str, Any]) -> tuple[FloatArray, F
         raise ScenarioError(
             f"{name}: Y has the shape {y.shape}, and should have {x.shape[:2]} as X has"
         )
-    return x, y
+    n_devices, n, d = x.shape
+    rows, labels = torch.from_numpy(x.reshape(-1, d).copy()), torch.from_numpy(y.reshape(-1).copy())
+    size = np.full(n_devices, n)
+    start = np.cumsum(size) - size
+    return FederatedData("least squares", rows, labels, start, size, rows[:1], labels[:1], 0)
 
 
 def _check_mask(name: str, mask: NDArray[Any], n_devices: int) -> None:
@@ -327,15 +344,14 @@ def _check_mask(name: str, mask: NDArray[Any], n_devices: int) -> None:
 
 
 def _iterates(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
+    data: FederatedData,
     algorithm: str,
     settings: Mapping[str, Any],
     rounds: int,
     mask: NDArray[Any] | None,
 ) -> NDArray[np.float64]:
     """Return w_1, w_2, ... of a strategy on a network grid, (rounds, d)."""
-    n_devices, n, d = x.shape
+    n_devices, d = len(data.size), data.x.shape[1]
     quantise = {"kind": "quantise", "levels": _LEVELS, "precision": "float64"}
     participants = None
     if mask is not None:
@@ -354,14 +370,9 @@ def _iterates(
             participants=participants,
             **settings,
         )
-        rows = torch.from_numpy(x.reshape(-1, d).copy())
-        labels = torch.from_numpy(y.reshape(-1).copy())
-        size = np.full(n_devices, n)
-        data = FederatedData(
-            "least squares", rows, labels, np.cumsum(size) - size, size, rows[:1], labels[:1], 0
-        )
-        trainer = Trainer(linear_regression((d,), 0, bias=False), data, seed=0)
-        plan = WorkPlan(LocalConfig(batch_size=0), size)
+        made = logistic_regression if data.n_classes else linear_regression
+        trainer = Trainer(made((d,), data.n_classes, bias=False), data, seed=0)
+        plan = WorkPlan(LocalConfig(batch_size=0), data.size)
         env = simpy.Environment()
         fast = np.full(n_devices, np.inf)
         network = star_network(env, uplink_bps=fast, downlink_bps=fast, latency=np.zeros(n_devices))

@@ -1,19 +1,21 @@
-"""Data sets for convex studies, and text: a9a, w8a, Shakespeare's speakers."""
+"""Data sets for convex studies, and text: a9a, w8a, LIBSVM's format, Shakespeare's speakers."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.data.clusters import cluster
+from fedsim.data.clusters import cluster, rebalance
 from fedsim.data.datasets import Dataset, split_test
 from fedsim.data.files import find, need
 from fedsim.errors import ScenarioError
 from fedsim.streams import stream
 
-__all__ = ["load_a9a", "load_tinyshakespeare", "load_w8a"]
+__all__ = ["clustered", "load_a9a", "load_libsvm", "load_tinyshakespeare", "load_w8a"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -95,6 +97,138 @@ def load_w8a(
         )
     device = _workers(x, workers, n_devices, seed)
     return _binary("w8a", x, y, x_test, y_test, standardise, bias, device)
+
+
+def load_libsvm(
+    *,
+    path: str | Path,
+    standardise: bool = False,
+    bias: bool = False,
+    workers: Literal["none", "file", "clusters"] = "none",
+    n_devices: int = 20,
+    test_fraction: float = 0.25,
+    seed: int = 0,
+    data_dir: Path | None = None,
+) -> Dataset:
+    """Return samples of two classes from a file of one's own (see `load_a9a`).
+
+    Parameters
+    ----------
+    path : str or Path
+        LIBSVM's text, or an ``.npz`` of compressed sparse rows: ``indptr``, ``indices``, ``data``,
+        ``shape``, labels ``y`` (positive or not) and, for `workers`, a ``cluster`` for each sample.
+    workers : {"none", "file", "clusters"}
+        `file`: the file's clusters, one for each device, rebalanced (`clusters.rebalance`).
+    test_fraction : float
+        Share of the samples kept for testing; 0 tests on the training samples.
+    data_dir : Path, optional
+        Where a relative `path` is looked for if it is not found from the working directory.
+
+    Raises
+    ------
+    ScenarioError
+        If the file is missing or damaged, or its clusters are not those of the devices.
+    """
+    file = Path(path)
+    if not file.is_file() and data_dir is not None:
+        file = Path(data_dir) / path
+    if not file.is_file():
+        raise ScenarioError(
+            f"data.dataset.path: no file {str(path)!r} (looked for {file.absolute()})"
+        )
+    if workers not in ("none", "file", "clusters"):
+        raise ScenarioError(f"data.dataset.workers: {workers!r} is not one of none, file, clusters")
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as opened:
+                arrays = dict(opened)
+        else:
+            arrays = _from_text(file)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise ScenarioError(f"data.dataset.path: cannot read {file}: {error}") from error
+    name = f"data.dataset.path: {file}"
+    x, y = _dense(name, arrays)
+    place = np.arange(len(y))[:, None]
+    train, y_train, test, y_test = place, y, place, y
+    if test_fraction:
+        rng = stream(seed, "test-split")
+        train, y_train, test, y_test = split_test(place, y, test_fraction=test_fraction, rng=rng)
+    x_train, x_test = x[train[:, 0]], x[test[:, 0]]
+    device = None
+    if workers == "clusters":
+        device = cluster(_standardised(x_train, x_train), n_devices, seed=seed)
+    elif workers == "file":
+        device = rebalance(_groups(name, arrays, n_devices)[train[:, 0]], n_devices)
+    return _binary(file.stem, x_train, y_train, x_test, y_test, standardise, bias, device)
+
+
+def clustered(name: str, arrays: Mapping[str, NDArray[Any]]) -> Dataset:
+    """Return a problem as published studies prepare it: standardised, with a bias, rebalanced.
+
+    Parameters
+    ----------
+    name : str
+        Of the file, for errors.
+    arrays : mapping
+        See `load_libsvm`; the test set is the training set.
+
+    Raises
+    ------
+    ScenarioError
+        If they do not fit together.
+    """
+    x, y = _dense(name, arrays)
+    groups = _groups(name, arrays, None)
+    device = rebalance(groups, int(groups.max()) + 1)
+    return _binary(name, x, y, x, y, True, True, device)
+
+
+def _from_text(file: Path) -> dict[str, NDArray[Any]]:
+    from sklearn.datasets import load_svmlight_file
+
+    rows, y = load_svmlight_file(str(file))
+    parts = {"indptr": rows.indptr, "indices": rows.indices, "data": rows.data, "y": y}
+    return parts | {"shape": np.array(rows.shape)}
+
+
+def _dense(name: str, arrays: Mapping[str, NDArray[Any]]) -> tuple[FloatArray, IntArray]:
+    """Return dense features and classes 0, 1 of compressed sparse rows."""
+    needed = ("indptr", "indices", "data", "shape", "y")
+    if missing := [key for key in needed if key not in arrays]:
+        raise ScenarioError(f"{name}: has no array {missing[0]!r}, only {', '.join(arrays)}")
+    indptr, indices, data, shape, y = (arrays[key] for key in needed)
+    if any(arrays[key].dtype.kind not in "fiu" for key in needed):
+        raise ScenarioError(f"{name}: {', '.join(needed)} must be numbers")
+    if shape.shape != (2,) or len(indptr) != shape[0] + 1 or len(y) != shape[0]:
+        raise ScenarioError(
+            f"{name}: {len(indptr) - 1} rows and {len(y)} labels do not fit the shape "
+            f"{shape.tolist()}"
+        )
+    counts = np.diff(indptr)
+    fits = len(indices) == len(data) == indptr[-1] and (counts >= 0).all() and indptr[0] == 0
+    if not (fits and len(y) and (indices >= 0).all() and (indices < shape[1]).all()):
+        raise ScenarioError(f"{name}: indptr, indices and data are no rows of that shape")
+    x = np.zeros((int(shape[0]), int(shape[1])))
+    x[np.repeat(np.arange(len(y)), counts), indices] = data
+    if not np.isfinite(x).all():
+        raise ScenarioError(f"{name}: data has entries that are not finite")
+    return x, (y > 0).astype(np.int64)
+
+
+def _groups(name: str, arrays: Mapping[str, NDArray[Any]], n_devices: int | None) -> IntArray:
+    """Return the cluster of each sample; all numbers from 0 on are there."""
+    if "cluster" not in arrays:
+        raise ScenarioError(f"{name}: has no array 'cluster', only {', '.join(arrays)}")
+    groups: IntArray = arrays["cluster"].astype(np.int64)
+    found = np.unique(groups)
+    n = len(found) if n_devices is None else n_devices
+    if groups.shape != arrays["y"].shape or not np.array_equal(found, np.arange(n)):
+        raise ScenarioError(
+            f"{name}: cluster must give each of {len(arrays['y'])} samples a number from 0 to "
+            f"{n - 1}, each at least once; it has {len(groups)} of {found[:3].tolist()}..."
+            f"{found[-1:].tolist()}"
+        )
+    return groups
 
 
 def _workers(x: FloatArray, workers: Workers, n_devices: int, seed: int) -> IntArray | None:

@@ -14,7 +14,7 @@ from PIL import Image
 from fedsim.data import files
 from fedsim.data.federated import federate
 from fedsim.data.images import load_cifar10, load_fashion_mnist, load_image_folder, load_mnist
-from fedsim.data.tables import load_a9a, load_tinyshakespeare, load_w8a
+from fedsim.data.tables import load_a9a, load_libsvm, load_tinyshakespeare, load_w8a
 from fedsim.errors import ScenarioError
 from fedsim.learning.convex import ConvexProblem
 
@@ -270,3 +270,51 @@ def test_real_files_are_the_known_ones():
     shown = [f for f in files.present_files(real("a9a")) if f.path is not None]
     assert shown
     assert all(f.is_known is not False for f in shown)
+
+
+# --- tables of one's own --------------------------------------------------------------------------
+
+LINES = "+1 1:2 3:1\n-1 2:4\n-1 1:1 2:1 3:1\n+1 3:3\n"
+
+
+def test_a_table_of_two_classes_is_read_from_text_and_from_sparse_rows(tmp_path):
+    (tmp_path / "mine").write_text(LINES)
+    text = load_libsvm(path="mine", data_dir=tmp_path, test_fraction=0)
+    dense = [[2, 0, 1], [0, 4, 0], [1, 1, 1], [0, 0, 3]]
+    assert text.x_train.tolist() == text.x_test.tolist() == dense
+    assert text.y_train.tolist() == [1, 0, 0, 1]
+    np.savez(
+        tmp_path / "mine.npz",
+        indptr=[0, 2, 3, 6, 7],
+        indices=[0, 2, 1, 0, 1, 2, 2],
+        data=[2.0, 1, 4, 1, 1, 1, 3],
+        shape=[4, 3],
+        y=[1, -1, -1, 1],
+        cluster=[1, 0, 1, 0],
+    )
+    rows = load_libsvm(path=tmp_path / "mine.npz", workers="file", n_devices=2, test_fraction=0)
+    assert rows.x_train.tolist() == dense
+    assert rows.device_train.tolist() == [1, 0, 1, 0]
+    ready = load_libsvm(path=tmp_path / "mine.npz", standardise=True, bias=True, test_fraction=0)
+    np.testing.assert_allclose(ready.x_train[:, 1:].mean(0), 0, atol=1e-15)
+    np.testing.assert_allclose(ready.x_train[:, 1:].std(0), 1)
+    assert (ready.x_train[:, 0] == 1).all()
+    assert len(load_libsvm(path=tmp_path / "mine", test_fraction=0.25).y_test) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"path": "none"}, "no file 'none'"),
+        ({"path": "mine", "workers": "published"}, "not one of none, file, clusters"),
+        ({"path": "mine", "workers": "file"}, "has no array 'cluster'"),
+        ({"path": "bad"}, "cannot read"),
+        ({"path": "bad.npz"}, "cannot read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(tmp_path, options, said):
+    (tmp_path / "mine").write_text(LINES)
+    (tmp_path / "bad").write_text("one two\n")
+    (tmp_path / "bad.npz").write_bytes(b"PK not really")
+    with pytest.raises(ScenarioError, match=said):
+        load_libsvm(data_dir=tmp_path, **options)

@@ -92,6 +92,62 @@ def test_golden_traces_of_another_problem_are_replayed(tmp_path):
     assert (found.worst_case, found.is_passed) == ("own_golden.npz MCM", False)
 
 
+def logistic_problem(folder):
+    """Write clustered samples of two classes and their gradient descent; return the arrays."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((60, 3)) * (rng.random((60, 3)) < 0.6)
+    y = np.where(x.sum(1) + rng.standard_normal(60) > 0, 1, -1)
+    rows, columns = np.nonzero(x)
+    data = {
+        "indptr": np.searchsorted(rows, np.arange(61)),
+        "indices": columns,
+        "data": x[rows, columns],
+        "shape": np.array(x.shape),
+        "y": y.astype(np.int8),
+        "cluster": np.repeat([0, 1, 2], [40, 17, 3]),  # 13 to 1: half of the first goes to the last
+    }
+    x = np.insert((x - x.mean(0)) / x.std(0), 0, 1.0, axis=1)
+    parts = [(x[p], y[p]) for p in (np.r_[20:40], np.r_[40:57], np.r_[57:60, 0:20])]
+    step = 1 / np.mean([np.linalg.norm(a.T @ a) / (4 * len(a)) for a, _ in parts])
+    w, iterates = np.zeros(4), []
+    for _ in range(6):
+        w = w - step * np.mean(
+            [(-b / (1 + np.exp(b * (a @ w)))) @ a / len(b) for a, b in parts], axis=0
+        )
+        iterates.append(w)
+    golden = {"SGD": np.array(iterates)}
+    write(folder, data, golden)
+    return data, golden
+
+
+def test_golden_traces_of_a_logistic_problem_are_replayed(tmp_path):
+    data, golden = logistic_problem(tmp_path)
+    (found,) = verify(tmp_path)
+    assert (found.family, found.n_cases, found.is_passed) == ("compression", 1, True)
+    assert found.worst < 1e-14
+    write(tmp_path, data, {"SGD": golden["SGD"] + 1e-8})
+    assert not verify(tmp_path)[0].is_passed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.pop("y"), "has no array 'y'"),
+        (lambda d: d.pop("cluster"), "has no array 'cluster'"),
+        (lambda d: d.update(shape=np.array([61, 3])), r"do not fit the shape \[61, 3\]"),
+        (lambda d: d.update(indices=d["indices"] + 1), "no rows of that shape"),
+        (lambda d: d.update(data=d["data"] * np.nan), "not finite"),
+        (lambda d: d.update(cluster=d["cluster"] * 2), "a number from 0 to 2"),
+    ],
+)
+def test_malformed_logistic_problems_are_refused_by_name(tmp_path, change, said):
+    data, golden = logistic_problem(tmp_path)
+    change(data)
+    write(tmp_path, data, golden)
+    with pytest.raises(ScenarioError, match=said):
+        verify(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
