@@ -1,6 +1,6 @@
 """Iterations of compressed SGD without messages: seconds for 10,000, one JSON line a case.
 
-    python benchmarks/mcm_speed.py > benchmarks/results/mcm_speed.jsonl
+    python -m benchmarks.mcm_speed > benchmarks/results/mcm_speed.jsonl
 
 The published least squares: 20 devices, 20 numbers, batches of one sample (or all), five seeds at
 once. `cpu_seconds` is what the process used, `seconds` the time that passed on a shared machine.
