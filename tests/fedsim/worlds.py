@@ -77,6 +77,7 @@ def make_world(
     local=LOCAL,
     network_options=None,
     graph=None,
+    halves=(),
     **grid_options,
 ) -> World:
     """Connect a grid; quantities are scalars or one value per device (bit/s, s, samples/s).
@@ -107,7 +108,7 @@ def make_world(
         )
     plan = WorkPlan(local, trainer.data.size)
     if executor == "vectorised":
-        made = VectorisedExecutor(trainer, plan, node_base=NODE_BASE)
+        made = VectorisedExecutor(trainer, plan, node_base=NODE_BASE, halves=halves)
     else:
         made = ClientAppExecutor(app or device_app(trainer, plan), n_devices, node_base=NODE_BASE)
     grid = NetworkGrid(env, network, fleet, made, plan, keep_trips=True, **grid_options)
