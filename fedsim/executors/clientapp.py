@@ -156,10 +156,13 @@ def _global_generators(seed: int) -> Iterator[None]:
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
     has_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     gpus = range(torch.cuda.device_count()) if has_gpus else ()
+    is_bare = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # For devices that are not there torch.manual_seed writes stack traces, 2 ms long.
+    seed_torch = torch.default_generator.manual_seed if is_bare else torch.manual_seed
     with torch.random.fork_rng(devices=gpus):
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
-        torch.manual_seed(seed)
+        seed_torch(seed)
         try:
             yield
         finally:
