@@ -4,7 +4,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["BitReader", "field_bits", "join_bits", "omega_codes", "omega_lengths"]
+__all__ = [
+    "BitReader",
+    "big_endian",
+    "field_bits",
+    "from_big_endian",
+    "gaps",
+    "join_bits",
+    "omega_codes",
+    "omega_lengths",
+]
 
 IntArray = NDArray[np.int64]
 
@@ -62,6 +71,14 @@ def omega_lengths(numbers: torch.Tensor, largest: int) -> torch.Tensor:
     bits = torch.frexp(numbers[large].double())[1].long()
     lengths[large] = table[bits - 1] + bits
     return lengths
+
+
+def gaps(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return row, distance to the row's previous one, and column of all that is not zero."""
+    row, column = rows.nonzero(as_tuple=True)
+    gap = column + 1
+    gap[1:] -= torch.where(row[1:] == row[:-1], gap[:-1], 0)
+    return row, gap, column
 
 
 def join_bits(codes: NDArray[np.uint64], lengths: IntArray) -> bytes:
@@ -124,3 +141,19 @@ class BitReader:
     def n_bytes(self) -> int:
         """Bytes read from, the last one counted in full."""
         return -(-self._at // 8)
+
+
+def big_endian(values: torch.Tensor) -> bytes:
+    """Return numbers as bytes, most significant first."""
+    if values.dtype == torch.bfloat16:
+        return values.cpu().view(torch.int16).numpy().byteswap().tobytes()
+    return values.cpu().contiguous().numpy().byteswap().tobytes()
+
+
+def from_big_endian(data: bytes, d: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the first d numbers of `big_endian`."""
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(np.frombuffer(data, ">i2", d).astype(np.int16)).view(dtype)
+    name = str(dtype).removeprefix("torch.")
+    read = np.frombuffer(data, np.dtype(name).newbyteorder(">"), d)
+    return torch.from_numpy(read.astype(name))
