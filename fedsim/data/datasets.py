@@ -70,6 +70,8 @@ class Dataset:
                 raise ScenarioError(
                     f"data set {self.name!r}: x_{part} has {len(x)} samples, y_{part} has {len(y)}"
                 )
+            if part != "validation" and not len(x):
+                raise ScenarioError(f"data set {self.name!r}: x_{part} has no samples")
             if x.shape[1:] != self.x_train.shape[1:] or x.dtype != self.x_train.dtype:
                 raise ScenarioError(
                     f"data set {self.name!r}: a sample of x_{part} is {x.dtype}{x.shape[1:]}, one "

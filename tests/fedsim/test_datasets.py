@@ -74,6 +74,7 @@ def test_npz_with_float_targets_is_a_regression(tmp_path):
     ("changes", "message"),
     [
         ({"y_test": None}, "lacks y_test"),
+        ({"y_test": np.zeros(0, int), "x_test": np.zeros((0, 3))}, "x_test has no samples"),
         ({"y_train": np.arange(5) % 3}, "x_train has 6 samples, y_train has 5"),
         ({"y_train": np.array([1, 2, 3, 1, 2, 3])}, "labels must be 0..C-1"),
         ({"y_test": np.array([0, 3])}, "0..3; 3 classes need labels 0..2"),

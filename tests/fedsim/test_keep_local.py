@@ -1,6 +1,5 @@
 """Parts of the model that stay on their devices, against the same thing done by hand."""
 
-import json
 import re
 
 import numpy as np
@@ -12,6 +11,7 @@ import fedsim
 from fedsim.errors import ScenarioError
 from fedsim.flower.records import LazyArrayRecord
 from fedsim.learning.config import LocalConfig
+from fedsim.scenario import Scenario
 from strategies.personal import local_names
 
 ROUNDS, DEVICES = 3, 6
@@ -26,29 +26,23 @@ def net(input_shape, n_classes):
     )
 
 
-@pytest.fixture
-def build(tmp_path):
-    def make(keep_local="batch_norm", strategy="fedavg", **changes):
-        world = {
-            "name": "keep local",
-            "seed": 1,
-            "rounds": ROUNDS,
-            "data": {
-                "dataset": "digits",
-                "devices": DEVICES,
-                "partition": {"kind": "dirichlet", "alpha": 0.5},
-                "test_fraction": 0.8,
-            },
-            "model": {"kind": "tests.fedsim.test_keep_local:net"},
-            "training": {"batch_size": 4, "drop_last": True, "keep_local": keep_local},
-            "topology": {"kind": "star", "bandwidth": "1 Mbit/s"},
-            "strategies": {"mine": {"kind": strategy}},
-        }
-        path = tmp_path / "world.yaml"
-        path.write_text(json.dumps(world | changes), encoding="utf-8")
-        return fedsim.build(fedsim.load_scenario(path), device="cpu")
-
-    return make
+def build(keep_local="batch_norm", strategy="fedavg", **changes):
+    world = {
+        "name": "keep local",
+        "seed": 1,
+        "rounds": ROUNDS,
+        "data": {
+            "dataset": "digits",
+            "devices": DEVICES,
+            "partition": {"kind": "dirichlet", "alpha": 0.5},
+            "test_fraction": 0.8,
+        },
+        "model": {"kind": "tests.fedsim.test_keep_local:net"},
+        "training": {"batch_size": 4, "drop_last": True, "keep_local": keep_local},
+        "topology": {"kind": "star", "bandwidth": "1 Mbit/s"},
+        "strategies": {"mine": {"kind": strategy}},
+    }
+    return fedsim.build(Scenario.from_mapping(world | changes), device="cpu")
 
 
 def by_hand(trainer, rounds=ROUNDS):
@@ -67,18 +61,14 @@ def by_hand(trainer, rounds=ROUNDS):
     return mean, rows
 
 
-@pytest.fixture
-def run(build):
-    def go(**changes):
-        lines = []
-        built = build(**changes)
-        return built, built.run(lines.append), lines
-
-    return go
+def run(**changes):
+    lines = []
+    built = build(**changes)
+    return built, built.run(lines.append), lines
 
 
 @pytest.mark.parametrize("executor", ["vectorised", "client_app"])
-def test_batch_norm_stays_where_it_is_and_the_rest_is_averaged(run, executor):
+def test_batch_norm_stays_where_it_is_and_the_rest_is_averaged(executor):
     built, outcome, lines = run(executor={"kind": executor})
     mean, rows = by_hand(built.trainer)
     model = built.trainer.layout.views(rows)
@@ -97,7 +87,7 @@ def test_batch_norm_stays_where_it_is_and_the_rest_is_averaged(run, executor):
 
 
 @pytest.mark.parametrize("executor", ["vectorised", "client_app"])
-def test_devices_evaluate_their_own_models(run, executor):
+def test_devices_evaluate_their_own_models(executor):
     evaluation = {"on": "devices", "cost": "free"}
     built, _, lines = run(executor={"kind": executor}, evaluation=evaluation)
     _, rows = by_hand(built.trainer)
@@ -107,13 +97,13 @@ def test_devices_evaluate_their_own_models(run, executor):
     assert lines[-1].eval_accuracy == pytest.approx(expected, abs=2 / samples.sum())
 
 
-def test_only_devices_that_have_trained_keep_anything(run):
+def test_only_devices_that_have_trained_keep_anything():
     strategies = {"mine": {"kind": "fedavg", "fraction_train": 0.34}}
     built, _, _ = run(strategies=strategies, rounds=1)
     assert len(built.executor.kept("local")["1.weight"]) == 2
 
 
-def test_it_goes_with_compression_and_other_halves(run):
+def test_it_goes_with_compression_and_other_halves():
     for strategy in ("scaffold", "fedadam"):
         up = {"kind": "top_k", "fraction": 0.5}
         built, outcome, lines = run(strategy=strategy, compression={"up": up}, rounds=2)
@@ -149,6 +139,6 @@ def test_names_and_patterns():
         ),
     ],
 )
-def test_what_cannot_keep_anything_is_refused_before_it_runs(build, changes, said):
+def test_what_cannot_keep_anything_is_refused_before_it_runs(changes, said):
     with pytest.raises(ScenarioError, match=re.escape(said)):
         build(**changes)

@@ -13,6 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from torch.nn.functional import cross_entropy
 
 import fedsim
 from fedsim.errors import ScenarioError
@@ -253,3 +254,45 @@ def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch):
     assert result.strategies["linear"].rounds[-1].eval_accuracy > 0.8
     for module in ("my_app", "my_app.task", "my_app.client_app"):
         del sys.modules[module]
+
+
+def smoothed(outputs, y):
+    return cross_entropy(outputs, y, reduction="none", label_smoothing=0.1)
+
+
+def averaged(outputs, y):
+    return cross_entropy(outputs, y)
+
+
+class Pair(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_a_loss_may_be_a_function_of_ones_own():
+    entries = {"strategies": {"mine": {"kind": "fedavg"}}}
+    training = WORLD["training"] | {"loss": f"{__name__}:smoothed"}
+    simulation = build(scenario(training=training, **entries))
+    rows = []
+    simulation.run(rows.append)
+    arrays = torch.zeros(2, 10), torch.tensor([1, 3])
+    assert torch.equal(simulation.trainer.stack.loss.per_sample(*arrays), smoothed(*arrays))
+    assert rows[-1].eval_loss < np.log(10)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"training": {"loss": f"{__name__}:averaged"}}, r"training\.loss: 'averaged' gives shape"),
+        ({"training": {"loss": f"{__name__}:WORLD"}}, r"training\.loss: .* is a dict, not a funct"),
+        ({"training": {"loss": f"{__name__}:absent"}}, r"training\.loss: cannot import"),
+        ({"training": {"loss": "huber"}}, r"training\.loss: 'huber' is not one of"),
+        ({"model": {"kind": f"{__name__}:Pair"}}, "model: Pair gives a tuple, not one tensor"),
+    ],
+)
+def test_losses_and_models_of_the_wrong_form_are_refused_when_built(keys, message):
+    with pytest.raises(ScenarioError, match=message):
+        build(scenario(strategies={"mine": {"kind": "fedavg"}}, **keys))
