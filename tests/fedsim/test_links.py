@@ -4,7 +4,7 @@ from math import inf
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedsim import registry
@@ -250,6 +250,7 @@ def test_contacts_of_straight_paths_begin_and_end_at_the_roots():
 
 @settings(max_examples=100, deadline=None)
 @given(st.tuples(*[st.floats(-100, 100)] * 8), st.floats(1, 200))
+@example((0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0), 1.0)  # at the radius when the legs begin
 def test_at_a_crossing_the_distance_is_the_radius(numbers, radius):
     a, b = Leg(0.0, 50.0, *numbers[:4]), Leg(0.0, 50.0, *numbers[4:])
 
@@ -259,7 +260,8 @@ def test_at_a_crossing_the_distance_is_the_radius(numbers, radius):
     found = crossings(a, b, radius)
     scale = 1 + math.dist(a.at(0), b.at(0)) + 50 * math.hypot(a.vx - b.vx, a.vy - b.vy)
     assert [distance(t) for t in found] == pytest.approx([radius] * len(found), abs=1e-9 * scale)
-    inside = [distance(t) < radius for t in np.linspace(0.0, 50.0, 200)]
+    sampled = [distance(t) for t in np.linspace(0.0, 50.0, 200)]
+    inside = [d < radius for d in sampled if abs(d - radius) > 1e-9 * scale]  # where it is clear
     assert sum(x != y for x, y in pairwise(inside)) <= len(found)
 
 
