@@ -146,6 +146,7 @@ class Trainer:
         self._proven: list[object] = []
         self._refused: list[object] = []
         self._has_flat_norm = any(isinstance(m, nn.BatchNorm1d) for m in module.modules())
+        self._may_draw = True  # whether the plain module has, or may have, layers that draw
         self._resident: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -523,18 +524,17 @@ class Trainer:
         updater = self._updater(work, one, [state[name] for name in self.layout.parameters])
         extra = {name: value[one[0]] for name, value in work.terms.rows.items()}
         losses = []
-        needs_keys = True
         keys = seeds.to(stack.device)
         for chosen, key, number in zip(batches, keys, seeds.tolist(), strict=False):
             x = stack.inputs(work.x.index_select(0, chosen))
             y = work.y.index_select(0, chosen)
             _seed(stack.device, number)  # for what draws without `KeyedLayers`
             with torch.enable_grad():
-                if needs_keys:
+                if self._may_draw:
                     with KeyedLayers(key, None) as layers:
                         outputs = self._forward(x)
                     # Standing between module and torch costs as much as a small model's step.
-                    needs_keys = layers.calls > 0 or stack.compute_dtype is not None
+                    self._may_draw = layers.calls > 0 or stack.compute_dtype is not None
                 else:
                     outputs = self._forward(x)
                 each = stack.loss.per_sample(outputs, y)
