@@ -30,14 +30,17 @@ def flwr_run(app, home, *, nodes, config, seconds=400):
     flwr = Path(sys.executable).with_name("flwr")
     command = [str(flwr if flwr.exists() else shutil.which("flwr")), "run", str(app), "--stream"]
     options = ["--federation-config", f"num-supernodes={nodes}", "--run-config", told]
-    try:
-        done = subprocess.run(
-            command + options, env=os.environ | quiet, cwd=home.parent, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False,
-        )  # fmt: skip
-        return done.stdout
-    finally:
-        stop(home)
+    for _ in range(3):
+        try:
+            done = subprocess.run(
+                command + options, env=os.environ | quiet, cwd=home.parent, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False,
+            )  # fmt: skip
+        finally:
+            stop(home)
+        if "Failed to start local SuperLink within" not in done.stdout:
+            break  # Flower gives it 15 s, which a busy machine may not
+    return done.stdout
 
 
 def stop(home):
