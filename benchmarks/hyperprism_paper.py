@@ -8,7 +8,7 @@ becomes one JSON line of results/hyperprism_paper.jsonl; runs that are there are
 
 All devices wait for each other and no message is lost, so links decide when a round ends and not
 what is learned in it: methods run in the scenario's world on a grid where everything arrives at
-once, in half the time, and one run of `fedsim.run` for each case and size of payload says what
+once, and one run of `fedsim.run` for each case and size of payload says what
 rounds take in time and traffic. `--check` compares one method with `fedsim.run`, number by number.
 
 Plan: the published base case and one factor at a time from it, the methods in turn. First the
@@ -57,8 +57,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "alpha 1": ("data.partition.alpha=1",),
     "density 0.8": ("peers.density=0.8",),
     "m = 100": ("data.devices=100",),
-    # A gradient of a net costs so much more that this one is cut short.
-    "cifar10": ("rounds=50", "training.batch_size=32"),
+    # Gradients and scores of a net cost so much more that this one is cut short.
+    "cifar10": ("rounds=50", "training.batch_size=32", "evaluation.every=10"),
 }
 
 
@@ -125,6 +125,12 @@ class Results:
         tried = [job for job in jobs if job in self]
         return max(tried, key=self.mean_accuracy).learning_rate if tried else COMMON
 
+    def scored(self, case: str, method: str, tuned: bool) -> list[dict[str, Any]]:
+        """Return the runs on test samples at the common rate, or at the tuned one."""
+        rate = self.tuned_rate(case, method) if tuned else COMMON
+        jobs = (Job(case, method, rate, seed, tuned=tuned) for seed in SEEDS)
+        return [line for job in jobs if (line := self.curve(job))]
+
     def missing(self) -> Iterator[Job]:
         """Yield the runs of the plan that are still to do, in order of importance."""
         for job in self._plan():
@@ -134,10 +140,11 @@ class Results:
     def _plan(self) -> Iterator[Job]:
         for case in ("m = 20", "base"):  # the cheapest, and the one that the others differ from
             yield from self._case(case, SEEDS)
-        for case in CASES:
-            yield from self._case(case, SEEDS[:1])
-        for case in CASES:
-            yield from self._case(case, SEEDS[:1] if case == "cifar10" else SEEDS)
+        for seeds in (SEEDS[:1], SEEDS):
+            for case in CASES:
+                if case != "cifar10":
+                    yield from self._case(case, seeds)
+        yield from self._case("cifar10", SEEDS[:1])
 
     def _case(self, case: str, seeds: tuple[int, ...]) -> Iterator[Job]:
         yield from (Job(case, method, COMMON, seeds[0]) for method in METHODS)
@@ -274,12 +281,36 @@ def tables(results: Results) -> None:
             print("\n".join(row for row in rows if row))
 
 
+def overview(results: Results) -> None:
+    """Print what methods reach at the common rate and at tuned ones, a column for each case."""
+    cases = [case for case in CASES if case != "cifar10"]
+    for title, tuned, goal in (
+        ("accuracy after 100 rounds, common rate", False, None),
+        ("rounds to 0.8, common rate", False, 0.80),
+        ("accuracy after 100 rounds, tuned rate", True, None),
+        ("rounds to 0.85, tuned rate", True, 0.85),
+    ):
+        print(f"\n| {title} | " + " | ".join(cases) + " |\n" + "| --- " * (len(cases) + 1) + "|")
+        for method in METHODS:
+            cells = [_cell(results.scored(case, method, tuned), goal) for case in cases]
+            print(f"| {method} | " + " | ".join(cells) + " |")
+
+
+def _cell(found: list[dict[str, Any]], goal: float | None) -> str:
+    if goal is None:
+        values = [0.0 if line["diverged"] else line["accuracy"][-1] for line in found]
+        text = _spread(values, 3) if values else "–"
+    else:
+        at = [_rounds_to(line, goal) for line in found]
+        text = "–" if None in at or not at else _spread(at, 0)
+    return text if len(found) in (0, len(SEEDS)) else f"{text} ({len(found)})"
+
+
 def _row(
     results: Results, case: str, method: str, rate: float, tuned: bool, low: float, high: float
 ) -> str:
     """Return a line of the table: means over the seeds, ± their standard deviation."""
-    jobs = [Job(case, method, rate, seed, tuned=tuned) for seed in SEEDS]
-    found = [line for job in jobs if (line := results.curve(job))]
+    found = results.scored(case, method, tuned)
     if not found or (tuned and results.next_rate(case, method)):
         return ""
     finals = [0.0 if line["diverged"] else line["accuracy"][-1] for line in found]
@@ -342,6 +373,7 @@ def main() -> None:
     results = Results(RESULTS)
     if given.tables:
         tables(results)
+        overview(results)
         return
     for job in results.missing():
         if time.process_time() > 60 * given.cpu_minutes:
