@@ -1,4 +1,8 @@
-"""A calendar on SimPy's clock that keeps one pending event, whatever is entered in it."""
+"""A calendar on SimPy's clock that keeps one pending event, whatever is entered in it.
+
+Decision: events are entered in SimPy's queue at their time, not after a delay: now + (when - now)
+is not always `when`, and the last bits of a time would depend on what else was simulated before.
+"""
 
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -9,7 +13,7 @@ import simpy
 
 from fedsim.errors import NetworkError
 
-__all__ = ["ARRIVAL", "CHANGE", "EXPIRY", "WHILE_OPEN", "Clock", "is_alone"]
+__all__ = ["ARRIVAL", "CHANGE", "EXPIRY", "WHILE_OPEN", "At", "Clock", "is_alone", "pass_to"]
 
 CHANGE, ARRIVAL, EXPIRY = 0, 1, 2  # order of the calendar's entries at one instant
 WHILE_OPEN = -1  # the version of an entry that holds as long as its item is not over
@@ -25,21 +29,43 @@ class Item(Protocol):
     is_over: bool
 
 
-class _Wake(simpy.Event):
-    """A call at a given time, before or after everything else at that time."""
+class At(simpy.Event):
+    """A call at a given time, or at the end of this instant if it is past.
+
+    Parameters
+    ----------
+    env : simpy.Environment
+    when : float, s
+    call : callable
+        Called with this event.
+    priority : int
+        SimPy's, among the events of one instant.
+    """
 
     def __init__(
         self,
         env: simpy.Environment,
+        when: float,
         call: Callable[[simpy.Event], None],
-        delay: float,
-        priority: int,
+        priority: int = 1,
     ) -> None:
         self.env = env
         self.callbacks = [call]
         self._ok = True
         self._value = None
-        env.schedule(self, priority, delay)  # type: ignore[arg-type]
+        entry: Any = (max(when, env.now), priority, next(env._eid), self)
+        heappush(env._queue, entry)
+
+
+class _Wake(At):
+    """One of a clock's own calls."""
+
+
+def pass_to(env: simpy.Environment, when: float) -> None:
+    """Let time pass until it is exactly `when`."""
+    At(env, when, lambda event: None)
+    while env.now < when:
+        env.step()
 
 
 def is_alone(env: simpy.Environment, until: float, own: type[simpy.Event]) -> bool:
@@ -105,13 +131,13 @@ class Clock:
         """Make sure that `on_due` is called at a time, if not before."""
         if when < self._armed:
             self._armed = when
-            self._wake = _Wake(self.env, self._on_wake, max(when - self.env.now, 0.0), _FIRST)
+            self._wake = _Wake(self.env, when, self._on_wake, _FIRST)
 
     def call_at_end(self) -> None:
         """Make sure that `on_end` is called at the end of this instant."""
         if not self._is_ending:
             self._is_ending = True
-            _Wake(self.env, self._on_last, 0.0, _LAST)
+            _Wake(self.env, self.env.now, self._on_last, _LAST)
 
     def _on_wake(self, event: simpy.Event) -> None:
         if event is self._wake:  # else superseded by an earlier one

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import simpy
 
-from fedsim.network.exchange import Compute, Trip, at
+from fedsim.network.clock import At
+from fedsim.network.exchange import Compute, Trip
 from fedsim.network.lanes import Lanes, Script
 from fedsim.network.plan import Hooks, Plan
 from fedsim.network.reuse import Memory, Past
@@ -85,7 +86,7 @@ class Collectives:
         kind = _TogetherRun if plan.conduct.barrier == "global" else _ApartRun
         run: Run[Any] = kind(self, trips, plan)
         self.runs[run] = None
-        at(self.network.env, self.network.env.now, run.start)
+        At(self.network.env, self.network.env.now, run.start)
 
     def why_stuck(self) -> str | None:
         """Say where the first run stands that is not over; None if all are."""

@@ -14,9 +14,10 @@ from typing import Any, Protocol, cast
 import simpy
 
 from fedsim.errors import NetworkError
+from fedsim.network.clock import At
 from fedsim.network.transfers import Delivery, Network
 
-__all__ = ["Broadcast", "Compute", "Trip", "at", "serve", "then"]
+__all__ = ["Broadcast", "Compute", "Trip", "serve", "then"]
 
 
 class Compute(Protocol):
@@ -207,9 +208,9 @@ def serve(
         trip.started, ended, is_done = compute.occupy(trip.device, env.now, trip.samples)
         if is_done:
             trip.computed = ended
-            at(env, ended, reply)
+            At(env, ended, reply)
         else:
-            at(env, ended, lambda _: end("failed-device"))
+            At(env, ended, lambda _: end("failed-device"))
 
     def reply(_: simpy.Event) -> None:
         if trip.is_cancelled:
@@ -230,7 +231,7 @@ def serve(
         trip.transfer = download
         then(download, receive)
     else:
-        at(env, env.now, lambda _: end("offline"))
+        At(env, env.now, lambda _: end("offline"))
 
 
 def then(event: simpy.Event, callback: Callable[[simpy.Event], None]) -> None:
@@ -239,8 +240,3 @@ def then(event: simpy.Event, callback: Callable[[simpy.Event], None]) -> None:
         callback(event)
     else:
         event.callbacks.append(callback)
-
-
-def at(env: simpy.Environment, time: float, callback: Callable[[simpy.Event], None]) -> None:
-    """Call back at a time, or at the end of this instant if it is past."""
-    then(env.timeout(max(time - env.now, 0.0)), callback)

@@ -25,7 +25,8 @@ import numpy as np
 import simpy
 
 from fedsim.errors import NetworkError
-from fedsim.network.exchange import Compute, Trip, at, then
+from fedsim.network.clock import At
+from fedsim.network.exchange import Compute, Trip, then
 from fedsim.network.transfers import Delivery, Network, Transfer
 from fedsim.streams import uniform
 
@@ -143,7 +144,7 @@ class Neighbours:
         if manner.barrier == "local":
             self._newest |= {trip.device: trip for trip in trips}
         env = self.network.env
-        at(env, env.now, lambda _: exchange.start(members))
+        At(env, env.now, lambda _: exchange.start(members))
 
     def settle(self) -> None:
         """Wait no longer for devices that had their chance to join and did not.
@@ -268,7 +269,7 @@ class _Exchange:
             else:
                 self._work(member)
         if self.manner.barrier == "deadline":
-            at(self._env, members[0].trip.pushed + self.manner.deadline, self._close)
+            At(self._env, members[0].trip.pushed + self.manner.deadline, self._close)
 
     def expects(self, sender: int) -> bool:
         """Return whether a payload of a device can still come in this exchange."""
@@ -289,12 +290,12 @@ class _Exchange:
         compute = self._owner.compute
         trip.started, ended, is_done = compute.occupy(trip.device, env.now, trip.samples)
         if self.manner.when == "with" and not math.isnan(trip.started):
-            at(env, trip.started, lambda _: self._send(member))
+            At(env, trip.started, lambda _: self._send(member))
         if is_done:
             trip.computed = ended
-            at(env, ended, lambda _: self._finish_work(member))
+            At(env, ended, lambda _: self._finish_work(member))
         else:
-            at(env, ended, lambda _: self._end(member, "failed-device"))
+            At(env, ended, lambda _: self._end(member, "failed-device"))
 
     def _finish_work(self, member: _Member) -> None:
         member.has_worked = True

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from math import inf
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
 
-from fedsim.network.clock import is_alone
+from fedsim.network.clock import At, is_alone
 from fedsim.network.exchange import Compute
 from fedsim.network.transfers import Network
 
@@ -30,7 +29,7 @@ _MAX_KEPT = 256
 _ULPS = 8  # of the clock, by which times that are equal may differ
 
 
-class Due(simpy.Timeout):
+class Due(At):
     """An event of a collective that disturbs nothing else."""
 
 

@@ -165,7 +165,7 @@ class Run(Generic[P]):
 
     def _at(self, time: float, callback: Callable[[simpy.Event], None]) -> None:
         """Call back at a time, by an event that is known to disturb nothing else."""
-        then(Due(self._env, max(time - self._env.now, 0.0)), callback)
+        Due(self._env, time, callback)
 
     def _is_there(self, device: int) -> bool:
         is_online = self._host.compute.is_available(device, self._env.now)

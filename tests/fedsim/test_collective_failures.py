@@ -10,7 +10,7 @@ import topologies as tp
 from fedsim.devices import Intervals
 from fedsim.errors import NetworkError
 from fedsim.network import Failure
-from fedsim.network.exchange import at
+from fedsim.network.clock import At
 from tests.fedsim.collective_worlds import (
     RATE,
     SIZE,
@@ -44,7 +44,7 @@ def change(world, time, *names, **state):
         for name in names:
             world.grid.network.set_link(name, **state)
 
-    at(world.grid.env, time, now)
+    At(world.grid.env, time, now)
 
 
 def links_of(graph):

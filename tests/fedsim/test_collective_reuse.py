@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 import topologies as tp
 from fedsim.devices import EnergyCosts, Intervals
 from fedsim.network import Failure, Network, OnOff
-from fedsim.network.exchange import at
+from fedsim.network.clock import At
 from tests.fedsim.collective_worlds import RATE, SIZE, asks, collective_world, pull_all, run
 from tests.plain_grid import flower_identity
 
@@ -150,7 +150,7 @@ def test_a_change_by_hand_in_the_middle_is_not_overlooked(sent):
     def change(_):
         world.grid.network.set_link("0-9", bandwidth_bps=RATE / 2)
 
-    at(world.grid.env, begin + 4 / 9 * UNIT, change)
+    At(world.grid.env, begin + 4 / 9 * UNIT, change)
     _, (report,) = run(world, number=2, collective="bml")
     assert report.sync == pytest.approx(4 / 3 * UNIT)
     assert simulated(world, sent, 2, collective="bml") == [144, 0]
