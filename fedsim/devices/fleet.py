@@ -138,19 +138,23 @@ class DeviceFleet:
         samples : float
             Training samples' worth of work.
         """
-        start = max(time, float(self._busy_until[device]))
-        work = samples / float(self.speed[device])
-        if self._is_steady:
-            job = Job(start, start + work, True)
-        else:
-            job = self._work_off(device, start, work)
-            leaves = self._leaves(device, time) if self._on_leave == "drop" else math.inf
-            if start >= leaves or job.ended > leaves:
-                job = Job(start if start < leaves else math.nan, leaves, False)
+        job = self.forecast(device, time, samples)
         self._busy_until[device] = job.ended
         if self._meter is not None:
             done = samples if job.is_done else self._done(device, job) * float(self.speed[device])
             self._meter.add_work(device, job.ended, done)
+        return job
+
+    def forecast(self, device: int, time: float, samples: float) -> Job:
+        """Return what `occupy` would, and queue nothing."""
+        start = max(time, float(self._busy_until[device]))
+        work = samples / float(self.speed[device])
+        if self._is_steady:
+            return Job(start, start + work, True)
+        job = self._work_off(device, start, work)
+        leaves = self._leaves(device, time) if self._on_leave == "drop" else math.inf
+        if start >= leaves or job.ended > leaves:
+            return Job(start if start < leaves else math.nan, leaves, False)
         return job
 
     def _work_off(self, device: int, start: float, work: float) -> Job:

@@ -46,6 +46,7 @@ from fedsim.flower.records import (
 )
 from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network import Delivery, Network, edges, plan
+from fedsim.network.alone import serve_alone
 from fedsim.network.collective import Collectives
 from fedsim.network.exchange import Broadcast, Trip, serve
 from fedsim.network.neighbours import Hooks, Neighbours
@@ -279,6 +280,7 @@ class NetworkGrid(Grid):
         self._waiting: Set[str] = frozenset()  # ids somebody waits for now
         self._n_computed = 0  # replies since rows were last released
         self._needed = 0  # how many of them are to be decided before it goes on
+        self._until = -math.inf  # before which whoever pushes does nothing else
         self._was_hopeless = False
         self._reported: set[int] = set()  # devices whose replies were not finite
         self._traffic = Traffic()
@@ -363,11 +365,13 @@ class NetworkGrid(Grid):
         if self._broadcasts:
             self._join_broadcasts(flights)
         between: list[tuple[Trip, list[int]]] = []
+        direct: list[Trip] = []
         for flight, among in zip(flights, peers, strict=True):
             if among is not None:
                 between.append((flight.trip, among))
             elif flight.exchange.kind == "server" and not flight.exchange.by_edge:
-                self._depart(flight.trip)
+                direct.append(flight.trip)
+        self._depart(direct)
         self._depart_by_edge([flight for flight in flights if flight.exchange.by_edge])
         for trips, known in group(between):
             self._neighbours.begin(trips, known, manners[trips[0].round])
@@ -415,7 +419,11 @@ class NetworkGrid(Grid):
         instruction.
         """
         deadline = math.inf if timeout is None else self.env.now + timeout
-        ids = self.push_messages(messages)
+        self._until = deadline
+        try:
+            ids = self.push_messages(messages)
+        finally:
+            self._until = -math.inf
         self.wait(ids, timeout=deadline - self.env.now)
         replies = self._collect(set(ids))
         for message_id in ids:
@@ -555,23 +563,50 @@ class NetworkGrid(Grid):
     def _is_free(self, message_type: str) -> bool:
         return self._free_evaluation and message_type.startswith("evaluate")
 
-    def _depart(self, trip: Trip) -> None:
-        is_there = self.fleet.is_available(trip.device, self.env.now)
-        if self._is_free(trip.kind):
-            trip.bytes_down = 0
-            trip.received = trip.started = trip.computed = trip.finished = self.env.now
-            trip.outcome = "ok" if is_there else "offline"
-            self._arrive(trip)
-            return
-        self._release(trip)
-        serve(
+    def _depart(self, trips: Sequence[Trip]) -> None:
+        """Send off what travels between the server and devices."""
+        released = []
+        for trip in trips:
+            if self._is_free(trip.kind):
+                self._answer_at_once(trip)
+            else:
+                self._release(trip)
+                released.append(trip)
+        observe = None if self.recorder is None else self._observe
+        if self._is_all(released) and serve_alone(
             self.network,
             self.fleet,
-            trip,
+            released,
+            self._until,
             reply_bytes=self._reply_bytes,
+            known_bytes=self._known_bytes,
             done=self._arrive,
-            observe=None if self.recorder is None else self._observe,
-        )
+            observe=observe,
+        ):
+            return
+        for trip in released:
+            serve(
+                self.network,
+                self.fleet,
+                trip,
+                reply_bytes=self._reply_bytes,
+                done=self._arrive,
+                observe=observe,
+            )
+
+    def _is_all(self, trips: Sequence[Trip]) -> bool:
+        """Return whether nothing but these can happen until whoever pushes them has its replies."""
+        is_waited_for = self._until > self.env.now and not self._expiries
+        n_open = len(self._flights) - len(self._ready) + len(self._given_up)
+        return is_waited_for and n_open == len(trips) > 0
+
+    def _answer_at_once(self, trip: Trip) -> None:
+        """Let an instruction that takes no time arrive, if its device is there."""
+        trip.bytes_down = 0
+        trip.received = trip.started = trip.computed = trip.finished = self.env.now
+        is_there = self.fleet.is_available(trip.device, self.env.now)
+        trip.outcome = "ok" if is_there else "offline"
+        self._arrive(trip)
 
     def _release(self, trip: Trip) -> None:
         """Count an instruction that sets off to its device."""
@@ -610,7 +645,7 @@ class NetworkGrid(Grid):
         for flight in flights:
             trip = flight.trip
             if self._is_free(trip.kind):
-                self._depart(trip)
+                self._answer_at_once(trip)
                 continue
             trip.server = edges.edge_of(self.network, trip.device)
             groups[trip.server, flight.exchange.backhaul].append(trip)
@@ -692,6 +727,11 @@ class NetworkGrid(Grid):
         if flight.reply.has_error():
             return None
         return self._count(flight.reply.content) + self._header_bytes
+
+    def _known_bytes(self, trip: Trip) -> int | None:
+        """Return what the reply to the server will weigh, if nothing need be computed to know."""
+        known = self._flights[trip.message_id].known_bytes
+        return None if known is None else known + self._header_bytes
 
     def _reply_bytes(self, trip: Trip) -> int:
         """Return what the reply to the server weighs; an error report weighs a header."""

@@ -68,9 +68,10 @@ def pass_to(env: simpy.Environment, when: float) -> None:
         env.step()
 
 
-def is_alone(env: simpy.Environment, until: float, own: type[simpy.Event]) -> bool:
-    """Return whether nothing but events of one type, and clocks' wakes, comes before a time."""
-    return all(time >= until or isinstance(event, own | _Wake) for time, _, _, event in env._queue)
+def is_alone(env: simpy.Environment, until: float, *own: type[simpy.Event]) -> bool:
+    """Return whether nothing but events of these types, and clocks' wakes, comes before a time."""
+    mine = (*own, _Wake)
+    return all(time >= until or isinstance(event, mine) for time, _, _, event in env._queue)
 
 
 class Clock:

@@ -56,6 +56,11 @@ class FluidNetwork:
         """Whether rates are stale until `solve`."""
         return bool(self._dirty)
 
+    def is_shared(self, link: int) -> bool:
+        """Return whether flows on a link slow each other down."""
+        is_unshared = self._unshared is not None and self._unshared[link]
+        return self.capacity.item(link) < inf and not is_unshared
+
     def add(self, flow: Flow, now: float) -> None:
         """Let a flow begin to use its links."""
         links = self._links
@@ -191,6 +196,10 @@ class FluidNetwork:
     def add_busy_time(self, busy: FloatArray) -> None:
         """Count time (s, shape (n_links,)) for which links had flows that were never added."""
         np.frombuffer(self._busy)[:] += busy
+
+    def count_busy(self, link: int, seconds: float) -> None:
+        """Count time (s) for which a link had a flow that was never added."""
+        self._busy[link] += seconds
 
     def solve(self, now: float) -> None:
         """Bring all rates up to date after the changes of this instant."""

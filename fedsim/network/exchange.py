@@ -26,12 +26,15 @@ class Compute(Protocol):
     def is_available(self, device: int, time: float) -> bool:
         """Return whether the device is there at `time`."""
 
-    def occupy(self, device: int, time: float, samples: float) -> tuple[float, float, bool]:
-        """Queue work behind what the device does already.
+    def forecast(self, device: int, time: float, samples: float) -> tuple[float, float, bool]:
+        """Return when work would begin (NaN: never) and end (s), and whether it would be done.
 
-        Returns when it begins (NaN: never) and ends (s), and whether it is done then; else the
-        device has gone away and dropped it.
+        It waits behind what the device does already; what is not done is dropped by a device that
+        goes away.
         """
+
+    def occupy(self, device: int, time: float, samples: float) -> tuple[float, float, bool]:
+        """Queue such work, and return the same."""
 
     def count_bytes(self, device: int, *, sent: int = 0, received: int = 0) -> None:
         """Count what a device has sent or received, headers included."""

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, isnan, log1p, nan
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -30,7 +30,7 @@ from fedsim.network.states import LinkStates
 from fedsim.network.wiring import LinkTable, Wiring
 from fedsim.streams import bits
 
-__all__ = ["Delivery", "LinkDown", "LinkUse", "Network", "Spread", "Transfer"]
+__all__ = ["Delivery", "LinkDown", "LinkUse", "Network", "Spread", "Transfer", "Way"]
 
 FloatArray = NDArray[np.float64]
 Outcome = Literal["delivered", "lost", "failed"]
@@ -69,6 +69,35 @@ class Delivery:
     first_byte: float = nan
     attempts: int = 1
     route: tuple[int, ...] = ()
+
+
+class Way(NamedTuple):
+    """What a payload meets that is alone on its route.
+
+    Attributes
+    ----------
+    source, destination : int
+    route : tuple of int
+        Link ids.
+    delay : float, s
+        Until the first byte arrives.
+    rate_bps : float, bit/s
+        Of the narrowest link.
+    shared : list of int
+        Links of the route on which another payload would slow it down.
+    """
+
+    source: int
+    destination: int
+    route: tuple[int, ...]
+    delay: float
+    rate_bps: float
+    shared: list[int]
+
+    def times(self, n_bits: float, start: float) -> tuple[float, float]:
+        """Return when the first and the last bit arrive (s)."""
+        first_byte = start + self.delay
+        return first_byte, first_byte + n_bits / self.rate_bps
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,6 +537,45 @@ class Network:
     def has_draws(self) -> bool:
         """Whether what becomes of a message is drawn at random."""
         return self._counts_messages
+
+    @property
+    def is_predictable(self) -> bool:
+        """Whether nothing is on its way, and what is sent alone takes what its `way` says."""
+        return (
+            self._is_plain
+            and not self._active
+            and not self._counts_messages
+            and not self._states.is_varying
+            and self.options.timeout is None
+            and self.on_close is None
+        )
+
+    def way(self, source: int, destination: int) -> Way:
+        """Return what a payload between two nodes meets if it is alone there."""
+        route = self._wiring.route(source, destination)
+        latency, rate, shared = 0.0, inf, []
+        for link in route:
+            latency += self._latency.item(link)
+            capacity = self._fluid.capacity.item(link)
+            if capacity < inf:
+                rate = min(rate, capacity)
+                if self._fluid.is_shared(link):
+                    shared.append(link)
+        return Way(source, destination, route, self.options.setup(latency), rate, shared)
+
+    def carry_alone(self, way: Way, size_bytes: int, start: float) -> Delivery:
+        """Account for a payload that meets no other, and return its delivery."""
+        n_bits = self.options.wire_bits(size_bytes)
+        first_byte, finished = way.times(n_bits, start)
+        for link in way.route:
+            self._carried[link] += n_bits / 8
+            if self._fluid.capacity.item(link) < inf:
+                self._fluid.count_busy(link, finished - first_byte)
+        self.n_released += 1
+        return Delivery(
+            way.source, way.destination, size_bytes, start, finished, "delivered", "",
+            first_byte, 1, way.route,
+        )  # fmt: skip
 
     def outlook(self) -> tuple[bytes, float]:
         """Return the links' present states, equal only if all are, and until when (s) they hold."""

@@ -1,0 +1,114 @@
+"""Instructions that meet nothing else on their way, served by arithmetic instead of events.
+
+In a synchronous round over links of the devices' own nobody shares anything: a payload takes the
+latency of its route plus its bits at the narrowest bandwidth, and a device works as soon as its
+instruction is there. Then the round's times are known without simulating it.
+
+Decision: only where that is certain, as for collectives that come again (`fedsim.network.reuse`).
+In all other cases every payload is simulated, and both ways give the same times to the last bit,
+in the same order.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
+from operator import attrgetter
+
+from fedsim.network.clock import is_alone, pass_to
+from fedsim.network.exchange import Compute, Trip
+from fedsim.network.transfers import Delivery, Network, Way
+
+__all__ = ["serve_alone"]
+
+_Move = tuple[Delivery, Trip, str]  # and which way it went
+
+
+def serve_alone(
+    network: Network,
+    compute: Compute,
+    trips: Sequence[Trip],
+    deadline: float,
+    *,
+    reply_bytes: Callable[[Trip], int],
+    known_bytes: Callable[[Trip], int | None],
+    done: Callable[[Trip], None],
+    observe: Callable[[Trip, str, Delivery], None] | None = None,
+) -> bool:
+    """Serve all of `trips` at once, as `serve` would, if they meet nothing until they are over.
+
+    The caller answers for it that nobody pushes or cancels anything before.
+
+    Parameters
+    ----------
+    network, compute, reply_bytes, done, observe
+        As in `serve`.
+    trips : sequence of Trip
+        At least one, released now.
+    deadline : float, s
+        When the caller will look at what has come.
+    known_bytes : callable
+        Returns the size of a reply if it is known before the work is done.
+
+    Returns
+    -------
+    bool
+        Whether they were served: then virtual time is that of the last reply. Else nothing has
+        happened.
+    """
+    server, now = network.server, network.env.now
+    wire_bits = network.options.wire_bits
+    if server is None or not network.is_predictable or not is_alone(network.env, inf):
+        return False
+    if len({trip.device for trip in trips}) < len(trips) or any(trip.broadcast for trip in trips):
+        return False
+    downs = [network.way(server, trip.device) for trip in trips]
+    ups = {trip.device: network.way(trip.device, server) for trip in trips}
+    if not _are_apart(downs, ups.values()):
+        return False
+    for trip, down in zip(trips, downs, strict=True):
+        device = trip.device
+        _, received = down.times(wire_bits(trip.bytes_down), now)
+        _, ended, is_done = compute.forecast(device, received, trip.samples)
+        is_there = compute.is_available(device, now) and compute.is_available(device, received)
+        if not (is_done and is_there):
+            return False
+        if deadline < inf:
+            size = known_bytes(trip)
+            if size is None or ups[device].times(wire_bits(size), ended)[1] > deadline:
+                return False
+
+    moves: list[_Move] = []
+    worked: list[Trip] = []
+    for trip, down in zip(trips, downs, strict=True):
+        download = network.carry_alone(down, trip.bytes_down, now)
+        moves.append((download, trip, "down"))
+    for download, trip, _ in sorted(moves, key=_moment):
+        trip.received = download.finished
+        compute.count_bytes(trip.device, received=trip.bytes_down)
+        trip.started, trip.computed, _ = compute.occupy(trip.device, trip.received, trip.samples)
+        worked.append(trip)
+    for trip in sorted(worked, key=attrgetter("computed")):
+        trip.bytes_up = reply_bytes(trip)
+        compute.count_bytes(trip.device, sent=trip.bytes_up)
+        upload = network.carry_alone(ups[trip.device], trip.bytes_up, trip.computed)
+        moves.append((upload, trip, "up"))
+    moves.sort(key=_moment)
+    pass_to(network.env, moves[-1][0].finished)
+    for delivery, trip, way in moves:
+        if observe is not None:
+            observe(trip, way, delivery)
+        if way == "up":
+            trip.outcome, trip.finished = "ok", delivery.finished
+            done(trip)
+    return True
+
+
+def _are_apart(downs: Iterable[Way], ups: Iterable[Way]) -> bool:
+    """Return whether no instruction shares a link with another; down and up may be one link."""
+    shared = [{*down.shared, *up.shared} for down, up in zip(downs, ups, strict=True)]
+    return len(set().union(*shared)) == sum(map(len, shared))
+
+
+def _moment(move: _Move) -> tuple[float, float, float]:
+    """Return what payloads are in the order of, where several arrive at one instant."""
+    delivery = move[0]
+    return delivery.finished, delivery.first_byte, delivery.started
