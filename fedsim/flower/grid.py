@@ -875,12 +875,10 @@ class NetworkGrid(Grid):
             flight.reply = reply
             self._uncomputed.pop(flight.trip.message_id, None)
         self._n_computed += len(flights)
-        if self._n_computed > len(self._flights):
-            self._n_computed = 0
-            self._release_rows()
 
     def _release_rows(self) -> None:
         """Let go of models that were handed over, though others of their batch were not."""
+        self._n_computed = 0
         replies = (flight.reply for flight in self._flights.values())
         contents = (r.content for r in replies if r is not None and r.has_content())
         records = (record for content in contents for record in content.values())
@@ -903,7 +901,6 @@ class NetworkGrid(Grid):
             del self._flights[flight.trip.message_id]
             flight.trip.is_closed = True
             self._note(flight)
-            self._screen(flight)
             replies.append(flight.reply)
             if flight.trip.outcome == "error":
                 errors.append(f"device {flight.trip.device}: {flight.reply.error.reason}")
@@ -911,18 +908,12 @@ class NetworkGrid(Grid):
             self._traffic.error_replies += len(errors)
             self._traffic.first_error = self._traffic.first_error or errors[0]
             _log.warning("%d of %d are error replies; %s", len(errors), len(replies), errors[0])
+        if self._n_computed > len(self._flights):
+            self._release_rows()
         return replies
 
-    def _screen(self, flight: _Flight) -> None:
+    def _report(self, trip: Trip) -> None:
         """Report a train reply with numbers that are not finite: the strategy still gets it."""
-        trip, reply = flight.trip, flight.reply
-        if reply is None or reply.has_error() or not _is_train_type(trip.kind):
-            return
-        for record in reply.content.values():
-            if isinstance(record, ArrayRecord) and not self._is_finite(record):
-                break
-        else:
-            return
         self._traffic.not_finite.append(trip.device)
         if trip.device not in self._reported:
             self._reported.add(trip.device)
@@ -950,11 +941,18 @@ class NetworkGrid(Grid):
         if reply.has_error():
             trip.outcome = trip.outcome if trip.is_lost else "error"
             return
-        records = reply.content.values()
-        metrics = next((r for r in records if isinstance(r, MetricRecord)), None)
+        is_train = _is_train_type(trip.kind)
+        metrics, is_finite = None, True
+        for record in reply.content.values():
+            if isinstance(record, MetricRecord):
+                metrics = record if metrics is None else metrics
+            elif is_train and is_finite and isinstance(record, ArrayRecord):
+                is_finite = self._is_finite(record)
+        if not is_finite:
+            self._report(trip)
         if metrics is not None:
             noted = self._traffic.evaluate
-            if _is_train_type(trip.kind):
+            if is_train:
                 self._traffic.replied.add(trip.device)
                 noted = self._traffic.train
             noted.append((trip.device, dict(metrics.items())))
