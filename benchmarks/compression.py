@@ -95,7 +95,7 @@ def rounds(algorithm: str, n_rounds: int, d: int = 20, samples: int = 200) -> di
     grid = NetworkGrid(env, network, fleet, executor, plan)
     start = time.process_time()
     with session(grid, 0):
-        strategy.start(grid, initial_arrays(trainer), num_rounds=n_rounds)
+        strategy.start(grid, initial_arrays(trainer), num_rounds=n_rounds, timeout=None)
     seconds = time.process_time() - start
     alone = messages(n_rounds)
     return {
