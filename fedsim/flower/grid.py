@@ -48,7 +48,7 @@ from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network import Delivery, Network, edges, plan
 from fedsim.network.alone import serve_alone
 from fedsim.network.collective import Collectives
-from fedsim.network.exchange import Broadcast, Trip, serve
+from fedsim.network.exchange import Broadcast, Service, Trip
 from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import ComputeRow, Recorder, TransferRow
 from topologies.profiles import Profile
@@ -253,6 +253,9 @@ class NetworkGrid(Grid):
         self._cancel_late = cancel_late
         self._peers = peers
         hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
+        self._service = Service(
+            network, fleet, self._reply_bytes, self._arrive, self._observe, self._known_bytes
+        )
         self._neighbours = Neighbours(network, fleet, len(fleet), hooks, seed=seed)
         self._planner = Planner(network, len(fleet), profile)
         self._collectives = Collectives(
@@ -572,27 +575,10 @@ class NetworkGrid(Grid):
             else:
                 self._release(trip)
                 released.append(trip)
-        observe = None if self.recorder is None else self._observe
-        if self._is_all(released) and serve_alone(
-            self.network,
-            self.fleet,
-            released,
-            self._until,
-            reply_bytes=self._reply_bytes,
-            known_bytes=self._known_bytes,
-            done=self._arrive,
-            observe=observe,
-        ):
+        if self._is_all(released) and serve_alone(self._service, released, self._until):
             return
         for trip in released:
-            serve(
-                self.network,
-                self.fleet,
-                trip,
-                reply_bytes=self._reply_bytes,
-                done=self._arrive,
-                observe=observe,
-            )
+            self._service.serve(trip)
 
     def _is_all(self, trips: Sequence[Trip]) -> bool:
         """Return whether nothing but these can happen until whoever pushes them has its replies."""
@@ -649,15 +635,15 @@ class NetworkGrid(Grid):
                 continue
             trip.server = edges.edge_of(self.network, trip.device)
             groups[trip.server, flight.exchange.backhaul].append(trip)
-        hooks = edges.EdgeHooks(
-            self._release,
-            self._reply_bytes,
-            self._arrive,
-            self._post_backhaul,
-            None if self.recorder is None else self._observe,
-        )
         for (edge, backhaul), trips in groups.items():
-            edges.serve_by_edge(self.network, self.fleet, trips, edge, backhaul, hooks)
+            edges.serve_by_edge(
+                self._service,
+                trips,
+                edge,
+                backhaul,
+                release=self._release,
+                post=self._post_backhaul,
+            )
 
     def _post_backhaul(self, way: str, size_bytes: int) -> None:
         """Count a payload between server and edge server: one that sets off, or that is lost."""
@@ -675,12 +661,12 @@ class NetworkGrid(Grid):
         """Count a payload between devices that did not arrive; record it where asked to."""
         if delivery.outcome != "delivered":
             self._traffic.messages_lost += 1
-        if self.recorder is not None:
-            self._observe(trip, way, delivery)
+        self._observe(trip, way, delivery)
 
     def _observe(self, trip: Trip, way: str, delivery: Delivery) -> None:
-        """Record a payload that has arrived or was given up."""
-        assert self.recorder is not None
+        """Record a payload that has arrived or was given up, where asked to."""
+        if self.recorder is None:
+            return
         kind = way if _is_train_type(trip.kind) else f"{trip.kind.partition('.')[0]}-{way}"
         released = {"down": trip.pushed, "up": trip.computed}.get(way, delivery.started)
         self.recorder.transfer(
@@ -929,7 +915,7 @@ class NetworkGrid(Grid):
             sender.trip.message_id: sender
             for flight in ready
             if self._executor.is_stateful or flight.exchange.manner.barrier == "local"
-            for sender in flight.trip.payloads.values()
+            for sender in (flight.trip.payloads or {}).values()
             if sender is not None and sender.reply is None and sender.sends_result
         }
         return list(senders.values())
@@ -969,7 +955,7 @@ class NetworkGrid(Grid):
             if trip.neighbours:
                 delivery["received_from"] = [NODE_BASE + device for device in trip.neighbours]
         if trip.exchange == "neighbours":
-            payloads = sorted(trip.payloads.items())
+            payloads = sorted((trip.payloads or {}).items())
             came = {d: s for d, s in payloads if s is None or not s.has_failed}
             if trip.neighbours:
                 delivery["neighbours"] = [NODE_BASE + device for device in trip.neighbours]

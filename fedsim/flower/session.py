@@ -51,6 +51,7 @@ Models = Mapping[str, torch.Tensor]
 """One model a device: name → Tensor ``(n_devices, *shape)``."""
 
 _DIVERGED_FACTOR = 1000.0
+_GC_THRESHOLD = 5_000  # new objects; those of some hundred messages
 """A loss this many times the initial one (or 1, if that is more) is divergence."""
 
 
@@ -121,10 +122,11 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
     one and adds privacy noise with the other), the sleep of `sample_nodes` (virtual time instead
     of wall time), the log level, and the garbage collector: Flower runs a full collection per
     reply in some strategies, which costs microseconds instead of half a second once everything
-    that was loaded before is frozen.
+    that was loaded before is frozen. It also looks through what is new less often than by default:
+    thousands of messages under way are no garbage, and were gone through again and again.
     """
     state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    was_frozen = gc.get_freeze_count()
+    was_frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
     waits = 0
 
     def sleep(seconds: float) -> None:
@@ -145,9 +147,12 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
         np.random.seed(digest(f"{seed}/numpy-global") & 0xFFFFFFFF)  # noqa: NPY002
         gc.collect()
         gc.freeze()
+        if thresholds[0]:  # 0: somebody has turned it off
+            gc.set_threshold(max(_GC_THRESHOLD, thresholds[0]), *thresholds[1:])
         try:
             yield
         finally:
+            gc.set_threshold(*thresholds)
             if not was_frozen:
                 gc.unfreeze()
             np.random.set_state(state[1])  # noqa: NPY002

@@ -9,44 +9,31 @@ In all other cases every payload is simulated, and both ways give the same times
 in the same order.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
 from operator import attrgetter
 
 from fedsim.network.clock import is_alone, pass_to
-from fedsim.network.exchange import Compute, Trip
-from fedsim.network.transfers import Delivery, Network, Way
+from fedsim.network.exchange import Service, Trip
+from fedsim.network.transfers import Delivery, Way
 
 __all__ = ["serve_alone"]
 
 _Move = tuple[Delivery, Trip, str]  # and which way it went
 
 
-def serve_alone(
-    network: Network,
-    compute: Compute,
-    trips: Sequence[Trip],
-    deadline: float,
-    *,
-    reply_bytes: Callable[[Trip], int],
-    known_bytes: Callable[[Trip], int | None],
-    done: Callable[[Trip], None],
-    observe: Callable[[Trip, str, Delivery], None] | None = None,
-) -> bool:
-    """Serve all of `trips` at once, as `serve` would, if they meet nothing until they are over.
+def serve_alone(service: Service, trips: Sequence[Trip], deadline: float) -> bool:
+    """Serve all of `trips` at once, as `Service.serve` does, if they meet nothing on their way.
 
     The caller answers for it that nobody pushes or cancels anything before.
 
     Parameters
     ----------
-    network, compute, reply_bytes, done, observe
-        As in `serve`.
+    service : Service
     trips : sequence of Trip
         At least one, released now.
     deadline : float, s
         When the caller will look at what has come.
-    known_bytes : callable
-        Returns the size of a reply if it is known before the work is done.
 
     Returns
     -------
@@ -54,6 +41,7 @@ def serve_alone(
         Whether they were served: then virtual time is that of the last reply. Else nothing has
         happened.
     """
+    network, compute = service.network, service.compute
     server, now = network.server, network.env.now
     wire_bits = network.options.wire_bits
     if server is None or not network.is_predictable or not is_alone(network.env, inf):
@@ -72,7 +60,7 @@ def serve_alone(
         if not (is_done and is_there):
             return False
         if deadline < inf:
-            size = known_bytes(trip)
+            size = service.known_bytes(trip)
             if size is None or ups[device].times(wire_bits(size), ended)[1] > deadline:
                 return False
 
@@ -87,18 +75,17 @@ def serve_alone(
         trip.started, trip.computed, _ = compute.occupy(trip.device, trip.received, trip.samples)
         worked.append(trip)
     for trip in sorted(worked, key=attrgetter("computed")):
-        trip.bytes_up = reply_bytes(trip)
+        trip.bytes_up = service.reply_bytes(trip)
         compute.count_bytes(trip.device, sent=trip.bytes_up)
         upload = network.carry_alone(ups[trip.device], trip.bytes_up, trip.computed)
         moves.append((upload, trip, "up"))
     moves.sort(key=_moment)
     pass_to(network.env, moves[-1][0].finished)
     for delivery, trip, way in moves:
-        if observe is not None:
-            observe(trip, way, delivery)
+        service.observe(trip, way, delivery)
         if way == "up":
             trip.outcome, trip.finished = "ok", delivery.finished
-            done(trip)
+            service.done(trip)
     return True
 
 

@@ -9,42 +9,18 @@ can still come. A round's timeout, which the server keeps, is what bounds the wa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal, cast
 
 import simpy
 
 from fedsim.errors import NetworkError
-from fedsim.network.exchange import Compute, Trip, serve, then
+from fedsim.network.exchange import Service, Trip, then
 from fedsim.network.transfers import Delivery, Network
 
-__all__ = ["Backhaul", "EdgeHooks", "edge_of", "serve_by_edge"]
+__all__ = ["Backhaul", "edge_of", "serve_by_edge"]
 
 Backhaul = Literal["none", "down", "up", "both"]
-
-
-@dataclass(frozen=True, slots=True)
-class EdgeHooks:
-    """What a group of trips asks and tells whoever made them.
-
-    Attributes
-    ----------
-    release : callable
-        Told a trip whose payload sets off from the edge server.
-    reply_bytes, done
-        As for `exchange.serve`.
-    post : callable
-        Told the way (``down``, ``up``) and size of a payload between server and edge server, and
-        ``lost`` and 0 when one does not arrive.
-    observe : callable or None
-        As for `exchange.serve`; the way is ``backhaul`` between server and edge server.
-    """
-
-    release: Callable[[Trip], None]
-    reply_bytes: Callable[[Trip], int]
-    done: Callable[[Trip], None]
-    post: Callable[[str, int], None]
-    observe: Callable[[Trip, str, Delivery], None] | None = None
 
 
 def edge_of(network: Network, device: int) -> int:
@@ -68,19 +44,20 @@ def edge_of(network: Network, device: int) -> int:
 
 
 def serve_by_edge(
-    network: Network,
-    compute: Compute,
+    service: Service,
     trips: Sequence[Trip],
     edge: int,
     backhaul: Backhaul,
-    hooks: EdgeHooks,
+    *,
+    release: Callable[[Trip], None],
+    post: Callable[[str, int], None],
 ) -> None:
     """Send the trips of one push from their edge server to its devices, and bring replies back.
 
     Parameters
     ----------
-    network, compute
-        Who carries and who works.
+    service : Service
+        Whose `observe` is told ``backhaul`` for payloads between server and edge server.
     trips : sequence of Trip
         All devices of `edge`, with one size down. Their times and outcomes are filled in.
     edge : int
@@ -89,41 +66,37 @@ def serve_by_edge(
         What travels between server and edge server: the model before, the devices' replies as one
         payload of a reply's size after, or both. A trip is over when its reply is at the edge
         server, or, if something is sent up, when that is at the server.
-    hooks : EdgeHooks
+    release : callable
+        Told a trip whose payload sets off from the edge server.
+    post : callable
+        Told the way (``down``, ``up``) and size of a payload between server and edge server, and
+        ``lost`` and 0 when one does not arrive.
     """
+    network = service.network
     assert network.server is not None
     server, open_trips, arrived = network.server, len(trips), list[Trip]()
 
     def begin() -> None:
         for trip in trips:
-            hooks.release(trip)
-            serve(
-                network,
-                compute,
-                trip,
-                reply_bytes=hooks.reply_bytes,
-                done=settle,
-                observe=hooks.observe,
-                server=edge,
-            )
+            release(trip)
+            by_edge.serve(trip, edge)
 
     def fail(failed: Sequence[Trip], outcome: str) -> None:
         for trip in failed:
             trip.outcome, trip.finished = outcome, network.env.now
-            hooks.done(trip)
+            service.done(trip)
 
     def carry(way: str, size: int, go_on: Callable[[], None], who: Sequence[Trip]) -> None:
         ends = (server, edge) if way == "down" else (edge, server)
-        hooks.post(way, size)
+        post(way, size)
 
         def come(event: simpy.Event) -> None:
             delivery = cast(Delivery, event.value)
-            if hooks.observe is not None:
-                hooks.observe(who[0], "backhaul", delivery)
+            service.observe(who[0], "backhaul", delivery)
             if delivery.outcome == "delivered":
                 go_on()
             else:
-                hooks.post("lost", 0)
+                post("lost", 0)
                 fail(who, f"{delivery.outcome}-{way}")
 
         then(network.transfer(*ends, size), come)
@@ -135,7 +108,7 @@ def serve_by_edge(
             trip.outcome = "pending"  # it is at the edge server only
             arrived.append(trip)
         else:
-            hooks.done(trip)
+            service.done(trip)
         if not open_trips and arrived:
             carry("up", max(each.bytes_up for each in arrived), finish, arrived)
 
@@ -143,8 +116,9 @@ def serve_by_edge(
         for trip in arrived:
             trip.outcome = "cancelled" if trip.is_cancelled else "ok"
             trip.finished = network.env.now
-            hooks.done(trip)
+            service.done(trip)
 
+    by_edge = replace(service, done=settle)
     if backhaul in ("down", "both"):
         carry("down", max(trip.bytes_down for trip in trips), begin, trips)
     else:

@@ -1,14 +1,15 @@
 """Who sends what to whom for one instruction; knows nothing of Flower.
 
 An instruction is a `Trip`: its device waits for its turn, works, and a reply becomes available.
-Every kind of exchange drives trips: `serve`, here, goes by way of the server,
+Every kind of exchange drives trips: `Service`, here, goes by way of the server,
 `fedsim.network.neighbours` between devices, `fedsim.network.collective` by a schedule. Nothing is a
 SimPy process: a trip is driven by the callbacks of a few events.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import simpy
@@ -17,7 +18,7 @@ from fedsim.errors import NetworkError
 from fedsim.network.clock import At
 from fedsim.network.transfers import Delivery, Network
 
-__all__ = ["Broadcast", "Compute", "Trip", "serve", "then"]
+__all__ = ["Broadcast", "Compute", "Service", "Trip", "then"]
 
 
 class Compute(Protocol):
@@ -93,7 +94,7 @@ class Trip:
     neighbours : tuple of int
         Devices that it sent its payload to (between neighbours), or whose vectors are in the sum
         besides its own (collective).
-    payloads : dict of int to object
+    payloads : dict of int to object, or None
         Sender → what its payload carries, of those that came in time (between neighbours only).
     is_closed : bool
         Nobody asks for its reply any more: it was handed over or given up.
@@ -125,7 +126,7 @@ class Trip:
     exchange: str = "server"
     server: int | None = None
     neighbours: tuple[int, ...] = ()
-    payloads: dict[int, Any] = field(default_factory=dict)
+    payloads: dict[int, Any] | None = None
     is_closed: bool = False
     is_cancelled: bool = False
     transfer: Cancellable | None = None
@@ -148,93 +149,99 @@ class Trip:
         return self.outcome != "pending" and not self.has_arrived
 
 
-def serve(
-    network: Network,
-    compute: Compute,
-    trip: Trip,
-    *,
-    reply_bytes: Callable[[Trip], int],
-    done: Callable[[Trip], None],
-    observe: Callable[[Trip, str, Delivery], None] | None = None,
-    server: int | None = None,
-) -> None:
-    """Send `trip` from the server to its device, let it work there, and bring the reply back.
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Instructions by way of the server: one serves any number of them.
 
-    Parameters
+    Attributes
     ----------
     network, compute
         Who carries and who works.
-    trip : Trip
-        Its times and outcome are filled in as they happen.
     reply_bytes : callable
-        Called when the work is done, gives the size of the reply.
+        Called when a trip's work is done, gives the size of the reply.
     done : callable
-        Called once, when the reply has arrived or can no longer come.
-    observe : callable, optional
+        Called once for each trip, when its reply has arrived or can no longer come.
+    observe : callable
         Called with the trip, ``down`` or ``up``, and the delivery, when either payload has arrived
         or was given up.
-    server : int, optional
-        The node that serves; default: the network's server.
-
-    Raises
-    ------
-    NetworkError
-        If there is no server, or no route between it and the device.
+    known_bytes : callable
+        Gives the size of a reply where it is known before the work is done.
     """
-    env = network.env
-    server = network.server if server is None else server
-    if server is None:
-        raise NetworkError("the network has no server; an exchange by way of it needs one")
-    node = server
 
-    def end(outcome: str) -> None:
-        trip.outcome, trip.finished, trip.transfer = outcome, env.now, None
-        done(trip)
+    network: Network
+    compute: Compute
+    reply_bytes: Callable[[Trip], int]
+    done: Callable[[Trip], None]
+    observe: Callable[[Trip, str, Delivery], None] = lambda trip, way, delivery: None
+    known_bytes: Callable[[Trip], int | None] = lambda trip: None
 
-    def is_delivered(event: simpy.Event, way: str) -> bool:
-        delivery = cast(Delivery, event.value)
-        if observe is not None:
-            observe(trip, way, delivery)
-        if delivery.outcome == "delivered":
-            return True
-        end(f"{'cancelled' if trip.is_cancelled else delivery.outcome}-{way}")
-        return False
+    def serve(self, trip: Trip, server: int | None = None) -> None:
+        """Send `trip` from the server to its device, let it work there, and bring the reply back.
 
-    def receive(event: simpy.Event) -> None:
-        if not is_delivered(event, "down"):
+        Parameters
+        ----------
+        trip : Trip
+            Its times and outcome are filled in as they happen.
+        server : int, optional
+            The node that serves; default: the network's server.
+
+        Raises
+        ------
+        NetworkError
+            If there is no server, or no route between it and the device.
+        """
+        network, env = self.network, self.network.env
+        server = network.server if server is None else server
+        if server is None:
+            raise NetworkError("the network has no server; an exchange by way of it needs one")
+        if not self.compute.is_available(trip.device, env.now):
+            At(env, env.now, partial(self._end, trip, "offline"))
             return
+        copies = None if trip.broadcast is None else trip.broadcast.copies
+        download = network.transfer(server, trip.device, trip.bytes_down, copies=copies)
+        trip.transfer = download
+        then(download, partial(self._receive, trip, server))
+
+    def _receive(self, trip: Trip, server: int, event: simpy.Event) -> None:
+        if not self._is_delivered(trip, event, "down"):
+            return
+        env, compute = self.network.env, self.compute
         trip.received, trip.transfer = env.now, None
         if not compute.is_available(trip.device, env.now):
-            end("offline")
+            self._end(trip, "offline")
             return
         compute.count_bytes(trip.device, received=trip.bytes_down)
         trip.started, ended, is_done = compute.occupy(trip.device, env.now, trip.samples)
         if is_done:
             trip.computed = ended
-            At(env, ended, reply)
+            At(env, ended, partial(self._reply, trip, server))
         else:
-            At(env, ended, lambda _: end("failed-device"))
+            At(env, ended, partial(self._end, trip, "failed-device"))
 
-    def reply(_: simpy.Event) -> None:
+    def _reply(self, trip: Trip, server: int, event: simpy.Event) -> None:
         if trip.is_cancelled:
-            end("cancelled")
+            self._end(trip, "cancelled")
             return
-        trip.bytes_up = reply_bytes(trip)
-        compute.count_bytes(trip.device, sent=trip.bytes_up)
-        trip.transfer = upload = network.transfer(trip.device, node, trip.bytes_up)
-        then(upload, arrive)
+        trip.bytes_up = self.reply_bytes(trip)
+        self.compute.count_bytes(trip.device, sent=trip.bytes_up)
+        trip.transfer = upload = self.network.transfer(trip.device, server, trip.bytes_up)
+        then(upload, partial(self._arrive, trip))
 
-    def arrive(event: simpy.Event) -> None:
-        if is_delivered(event, "up"):
-            end("ok")
+    def _arrive(self, trip: Trip, event: simpy.Event) -> None:
+        if self._is_delivered(trip, event, "up"):
+            self._end(trip, "ok")
 
-    if compute.is_available(trip.device, env.now):
-        copies = None if trip.broadcast is None else trip.broadcast.copies
-        download = network.transfer(node, trip.device, trip.bytes_down, copies=copies)
-        trip.transfer = download
-        then(download, receive)
-    else:
-        At(env, env.now, lambda _: end("offline"))
+    def _is_delivered(self, trip: Trip, event: simpy.Event, way: str) -> bool:
+        delivery = cast(Delivery, event.value)
+        self.observe(trip, way, delivery)
+        if delivery.outcome == "delivered":
+            return True
+        self._end(trip, f"{'cancelled' if trip.is_cancelled else delivery.outcome}-{way}")
+        return False
+
+    def _end(self, trip: Trip, outcome: str, event: simpy.Event | None = None) -> None:
+        trip.outcome, trip.finished, trip.transfer = outcome, self.network.env.now, None
+        self.done(trip)
 
 
 def then(event: simpy.Event, callback: Callable[[simpy.Event], None]) -> None:

@@ -439,7 +439,8 @@ class _Exchange:
         is_mixed_last = manner.barrier == "global" and manner.when != "before"
         is_waiting = is_mixed_last or not (member.has_gathered or member.is_over)
         if is_waiting and member.trip.outcome == "pending":
-            member.trip.payloads[sender] = content
+            payloads = member.trip.payloads = member.trip.payloads or {}
+            payloads[sender] = content
             member.trip.bytes_down += size_bytes
 
 

@@ -35,7 +35,7 @@ from fedsim.devices import (
 from fedsim.devices.timetables import _mix, toggles_of
 from fedsim.errors import ScenarioError
 from fedsim.network import star_network
-from fedsim.network.exchange import Trip, serve
+from fedsim.network.exchange import Service, Trip
 from fedsim.scenario import load_scenario
 from fedsim.simulation import build
 from fedsim.streams import mix64
@@ -700,7 +700,7 @@ def trip_through(fleet, *, pushed=0.0, samples=500.0):
     rate = np.full(n, 1000.0)
     network = star_network(env, uplink_bps=rate, downlink_bps=rate, latency=0.0)
     trip = Trip("1", 0, "train", pushed, samples=samples, bytes_down=125)
-    serve(network, fleet, trip, reply_bytes=lambda _: 250, done=lambda _: None)
+    Service(network, fleet, lambda _: 250, lambda _: None).serve(trip)
     env.run()
     return trip
 
