@@ -10,14 +10,14 @@ differential-privacy wrappers drop a whole round for one error reply but accept 
 ``loss_reply="error"`` makes losses error replies instead.
 """
 
-import logging
 import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
 
@@ -28,7 +28,7 @@ from flwr.serverapp import Grid
 from fedsim.devices import DeviceFleet
 from fedsim.errors import NetworkError, NoNodesError, PayloadError, ScenarioError
 from fedsim.flower import compat
-from fedsim.flower.collectives import Planner, steps_of
+from fedsim.flower.collectives import Planner
 from fedsim.flower.instructions import (
     NODE_BASE,
     Exchange,
@@ -36,6 +36,7 @@ from fedsim.flower.instructions import (
     read_exchange,
     server_round,
 )
+from fedsim.flower.ledger import Ledger, Traffic, is_train_type
 from fedsim.flower.peers import PeerGraph, agreed_manners, check_node, group, peers_of, received
 from fedsim.flower.records import (
     FiniteCheck,
@@ -45,17 +46,15 @@ from fedsim.flower.records import (
     release_rows,
 )
 from fedsim.learning.config import ROUNDS, LocalConfig
-from fedsim.network import Delivery, Network, edges, plan
+from fedsim.network import Network, edges, plan
 from fedsim.network.alone import serve_alone
 from fedsim.network.collective import Collectives
 from fedsim.network.exchange import Broadcast, Service, Trip
 from fedsim.network.neighbours import Hooks, Neighbours
-from fedsim.recorder import ComputeRow, Recorder, TransferRow
+from fedsim.recorder import Recorder
 from topologies.profiles import Profile
 
 __all__ = ["NODE_BASE", "Executor", "NetworkGrid", "Traffic"]
-
-_log = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
@@ -79,45 +78,6 @@ class Executor(Protocol):
 
     def reply_bytes(self, message: Message) -> int | None:
         """Return the dense payload of the reply, if it is known without computing it."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What has happened on the grid since somebody last asked (see `NetworkGrid.take_traffic`).
-
-    Attributes
-    ----------
-    bytes_down, bytes_up, bytes_peer : int
-        Payloads released, counted once, end to end, lost ones included.
-    messages_sent, messages_lost : int
-        Messages released on the network, and those that did not arrive.
-    error_replies : int
-        Replies in which a device's app reported an error.
-    first_error : str
-        What the first of them says, and which device it is from.
-    not_finite : list of int
-        Devices whose train replies hold numbers that are not finite.
-    selected, replied : set of int
-        Devices that were sent a train instruction, and whose train reply was handed over.
-    train, evaluate : list of (device, metrics)
-        The metrics of the replies handed over.
-    collectives : list of Report
-        What the time of each collective that is over went into.
-    """
-
-    bytes_down: int = 0
-    bytes_up: int = 0
-    bytes_peer: int = 0
-    messages_sent: int = 0
-    messages_lost: int = 0
-    error_replies: int = 0
-    first_error: str = ""
-    not_finite: list[int] = field(default_factory=list)
-    selected: set[int] = field(default_factory=set)
-    replied: set[int] = field(default_factory=set)
-    train: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    evaluate: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    collectives: list[plan.Report] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -204,8 +164,6 @@ class NetworkGrid(Grid):
 
     Attributes
     ----------
-    recorder : Recorder or None
-        Gets every transfer and every span of local work.
     trips : list of Trip
         Every instruction pushed, in order, if `keep_trips` was asked for.
     """
@@ -234,8 +192,8 @@ class NetworkGrid(Grid):
         self.network = network
         self.fleet = fleet
         self.trips: list[Trip] | None = [] if keep_trips else None
-        self.recorder: Recorder | None = None
         self.on_train_push: Callable[[], None] = lambda: None
+        ledger = self._ledger = Ledger(network)
         self._executor = executor
         self._can_compute: Callable[[Message], bool] = getattr(
             executor, "can_compute", lambda message: True
@@ -252,9 +210,11 @@ class NetworkGrid(Grid):
         self._broadcasts = broadcasts
         self._cancel_late = cancel_late
         self._peers = peers
-        hooks = Hooks(self._load_payload, self._post_payload, self._observe_peer, self._arrive)
+        hooks = Hooks(
+            self._load_payload, partial(ledger.post, "peer"), ledger.observe, self._arrive
+        )
         self._service = Service(
-            network, fleet, self._reply_bytes, self._arrive, self._observe, self._known_bytes
+            network, fleet, self._reply_bytes, self._arrive, ledger.observe, self._known_bytes
         )
         self._neighbours = Neighbours(network, fleet, len(fleet), hooks, seed=seed)
         self._planner = Planner(network, len(fleet), profile)
@@ -264,10 +224,10 @@ class NetworkGrid(Grid):
             plan.Hooks(
                 self._load_vector,
                 self._known_vector,
-                self._post_message,
-                self._observe_peer,
+                ledger.post,
+                ledger.observe,
                 self._arrive,
-                self._note_collective,
+                ledger.note_collective,
             ),
             header_bytes=header_bytes,
         )
@@ -285,8 +245,15 @@ class NetworkGrid(Grid):
         self._needed = 0  # how many of them are to be decided before it goes on
         self._until = -math.inf  # before which whoever pushes does nothing else
         self._was_hopeless = False
-        self._reported: set[int] = set()  # devices whose replies were not finite
-        self._traffic = Traffic()
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Gets every transfer and every span of local work."""
+        return self._ledger.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._ledger.recorder = recorder
 
     @staticmethod
     def wrap(
@@ -487,8 +454,7 @@ class NetworkGrid(Grid):
 
     def take_traffic(self) -> Traffic:
         """Return what happened since the last call, and start counting anew."""
-        taken, self._traffic = self._traffic, Traffic()
-        return taken
+        return self._ledger.take()
 
     # --- an instruction's way -----------------------------------------------------------------
 
@@ -559,8 +525,8 @@ class NetworkGrid(Grid):
             self._expiries[message_id] = expires
         if self.trips is not None:
             self.trips.append(trip)
-        if _is_train_type(trip.kind):
-            self._traffic.selected.add(device)
+        if is_train_type(trip.kind):
+            self._ledger.traffic.selected.add(device)
         return flight
 
     def _is_free(self, message_type: str) -> bool:
@@ -595,13 +561,11 @@ class NetworkGrid(Grid):
         self._arrive(trip)
 
     def _release(self, trip: Trip) -> None:
-        """Count an instruction that sets off to its device."""
-        self._traffic.messages_sent += 1
-        if not self.fleet.is_available(trip.device, self.env.now):
-            return
-        if trip.broadcast is None or not trip.broadcast.is_counted:
-            self._traffic.bytes_down += trip.bytes_down
-        if trip.broadcast is not None:
+        """Count an instruction that sets off to its device, if that is there."""
+        is_first = trip.broadcast is None or not trip.broadcast.is_counted
+        is_there = self.fleet.is_available(trip.device, self.env.now)
+        self._ledger.post("down", trip.bytes_down if is_there and is_first else 0)
+        if is_there and trip.broadcast is not None:
             trip.broadcast.is_counted = True
 
     def _join_broadcasts(self, flights: Sequence[_Flight]) -> None:
@@ -642,63 +606,8 @@ class NetworkGrid(Grid):
                 edge,
                 backhaul,
                 release=self._release,
-                post=self._post_backhaul,
+                post=self._ledger.post,
             )
-
-    def _post_backhaul(self, way: str, size_bytes: int) -> None:
-        """Count a payload between server and edge server: one that sets off, or that is lost."""
-        traffic = self._traffic
-        if way == "lost":
-            traffic.messages_lost += 1
-            return
-        traffic.messages_sent += 1
-        if way == "down":
-            traffic.bytes_down += size_bytes
-        else:
-            traffic.bytes_up += size_bytes
-
-    def _observe_peer(self, trip: Trip, way: str, delivery: Delivery) -> None:
-        """Count a payload between devices that did not arrive; record it where asked to."""
-        if delivery.outcome != "delivered":
-            self._traffic.messages_lost += 1
-        self._observe(trip, way, delivery)
-
-    def _observe(self, trip: Trip, way: str, delivery: Delivery) -> None:
-        """Record a payload that has arrived or was given up, where asked to."""
-        if self.recorder is None:
-            return
-        kind = way if _is_train_type(trip.kind) else f"{trip.kind.partition('.')[0]}-{way}"
-        released = {"down": trip.pushed, "up": trip.computed}.get(way, delivery.started)
-        self.recorder.transfer(
-            TransferRow(
-                round=trip.round,
-                message=int(trip.message_id),
-                kind=kind,
-                source=delivery.source,
-                destination=delivery.destination,
-                released=released,
-                started=delivery.started,
-                first_byte=delivery.first_byte,
-                finished=delivery.finished,
-                size_bytes=delivery.size_bytes,
-                outcome=delivery.outcome,
-                route=tuple(self.network.link_name(link) for link in delivery.route),
-            )
-        )
-        if way == "up":
-            self._record_work(trip)
-
-    def _record_work(self, trip: Trip) -> None:
-        assert self.recorder is not None
-        self.recorder.compute(
-            ComputeRow(
-                round=trip.round,
-                device=trip.device,
-                kind=trip.kind.partition(".")[0],
-                started=trip.started,
-                finished=trip.computed,
-            )
-        )
 
     def _weigh(self, trip: Trip) -> int | None:
         """Return what a trip's payload weighs, now that it sets off; None if its work failed."""
@@ -723,8 +632,7 @@ class NetworkGrid(Grid):
         """Return what the reply to the server weighs; an error report weighs a header."""
         weight = self._weigh(trip)
         size = self._header_bytes if weight is None else weight
-        self._traffic.messages_sent += 1
-        self._traffic.bytes_up += size
+        self._ledger.post("up", size)
         return size
 
     def _load_payload(self, trip: Trip) -> tuple[int, _Flight | None] | None:
@@ -732,9 +640,6 @@ class NetworkGrid(Grid):
         flight = self._flights.get(trip.message_id)
         size = self._weigh(trip)
         return None if size is None else (size, flight)
-
-    def _post_payload(self, size_bytes: int) -> None:
-        self._post_message("peer", size_bytes)
 
     def _load_vector(self, trip: Trip) -> int | None:
         """Return the size of what a device adds to a collective, whose messages have headers."""
@@ -746,32 +651,15 @@ class NetworkGrid(Grid):
         flight = self._flights.get(trip.message_id)
         return None if flight is None else flight.known_bytes
 
-    def _post_message(self, way: str, size_bytes: int, messages: int = 1) -> None:
-        """Count what sets off between devices, or between them and a dedicated server."""
-        traffic = self._traffic
-        traffic.messages_sent += messages
-        if way == "peer":
-            traffic.bytes_peer += size_bytes
-        elif way == "up":
-            traffic.bytes_up += size_bytes
-        else:
-            traffic.bytes_down += size_bytes
-
-    def _note_collective(self, report: plan.Report) -> None:
-        self._traffic.collectives.append(report)
-        if self.recorder is not None:
-            for row in steps_of(report):
-                self.recorder.step(row)
-
     def _arrive(self, trip: Trip) -> None:
         """Note that the reply is here, or can no longer come."""
         given_up = self._given_up.pop(trip.message_id, None)
         flight = self._flights.get(trip.message_id)
         is_between = trip.exchange != "server"
-        if self.recorder is not None and is_between and not math.isnan(trip.computed):
-            self._record_work(trip)
+        if is_between and not math.isnan(trip.computed):
+            self._ledger.record_work(trip)
         if trip.is_lost:
-            self._traffic.messages_lost += not is_between and trip.outcome not in (
+            self._ledger.traffic.messages_lost += not is_between and trip.outcome not in (
                 "failed-device",
                 "cancelled",
             )
@@ -891,23 +779,10 @@ class NetworkGrid(Grid):
             if flight.trip.outcome == "error":
                 errors.append(f"device {flight.trip.device}: {flight.reply.error.reason}")
         if errors:
-            self._traffic.error_replies += len(errors)
-            self._traffic.first_error = self._traffic.first_error or errors[0]
-            _log.warning("%d of %d are error replies; %s", len(errors), len(replies), errors[0])
+            self._ledger.note_errors(errors, len(replies))
         if self._n_computed > len(self._flights):
             self._release_rows()
         return replies
-
-    def _report(self, trip: Trip) -> None:
-        """Report a train reply with numbers that are not finite: the strategy still gets it."""
-        self._traffic.not_finite.append(trip.device)
-        if trip.device not in self._reported:
-            self._reported.add(trip.device)
-            _log.warning(
-                "round %d: device %d replied with numbers that are not finite",
-                trip.round,
-                trip.device,
-            )
 
     def _senders(self, ready: Sequence[_Flight]) -> list[_Flight]:
         """Return the instructions whose payloads are handed over now and not yet computed."""
@@ -927,7 +802,7 @@ class NetworkGrid(Grid):
         if reply.has_error():
             trip.outcome = trip.outcome if trip.is_lost else "error"
             return
-        is_train = _is_train_type(trip.kind)
+        is_train = is_train_type(trip.kind)
         metrics, is_finite = None, True
         for record in reply.content.values():
             if isinstance(record, MetricRecord):
@@ -935,13 +810,9 @@ class NetworkGrid(Grid):
             elif is_train and is_finite and isinstance(record, ArrayRecord):
                 is_finite = self._is_finite(record)
         if not is_finite:
-            self._report(trip)
+            self._ledger.note_not_finite(trip)
         if metrics is not None:
-            noted = self._traffic.evaluate
-            if is_train:
-                self._traffic.replied.add(trip.device)
-                noted = self._traffic.train
-            noted.append((trip.device, dict(metrics.items())))
+            self._ledger.note_metrics(trip, dict(metrics.items()))
         delivery: dict[str, Any] = {
             "sent_bytes": trip.bytes_up,
             "received_bytes": trip.bytes_down,
@@ -1016,8 +887,4 @@ class NetworkGrid(Grid):
 
 
 def _is_train(message: Message) -> bool:
-    return _is_train_type(message.metadata.message_type)
-
-
-def _is_train_type(message_type: str) -> bool:
-    return message_type == "train" or message_type.startswith("train.")
+    return is_train_type(message.metadata.message_type)

@@ -15,9 +15,10 @@ from fedsim.network.links import (
 )
 from fedsim.network.mobility import Mobility
 from fedsim.network.options import TransferOptions
+from fedsim.network.payloads import Delivery, LinkUse
 from fedsim.network.replay import replay
 from fedsim.network.traces import Trace, read_trace
-from fedsim.network.transfers import Delivery, LinkUse, Network, Transfer
+from fedsim.network.transfers import Network, Transfer
 
 __all__ = [
     "Constant",

@@ -15,7 +15,7 @@ from operator import attrgetter
 
 from fedsim.network.clock import is_alone, pass_to
 from fedsim.network.exchange import Service, Trip
-from fedsim.network.transfers import Delivery, Way
+from fedsim.network.payloads import Delivery, Way
 
 __all__ = ["serve_alone"]
 

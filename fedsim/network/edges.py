@@ -16,7 +16,8 @@ import simpy
 
 from fedsim.errors import NetworkError
 from fedsim.network.exchange import Service, Trip, then
-from fedsim.network.transfers import Delivery, Network
+from fedsim.network.payloads import Delivery
+from fedsim.network.transfers import Network
 
 __all__ = ["Backhaul", "edge_of", "serve_by_edge"]
 
@@ -69,8 +70,7 @@ def serve_by_edge(
     release : callable
         Told a trip whose payload sets off from the edge server.
     post : callable
-        Told the way (``down``, ``up``) and size of a payload between server and edge server, and
-        ``lost`` and 0 when one does not arrive.
+        Told the way (``down``, ``up``) and size of a payload between server and edge server.
     """
     network = service.network
     assert network.server is not None
@@ -96,7 +96,6 @@ def serve_by_edge(
             if delivery.outcome == "delivered":
                 go_on()
             else:
-                post("lost", 0)
                 fail(who, f"{delivery.outcome}-{way}")
 
         then(network.transfer(*ends, size), come)

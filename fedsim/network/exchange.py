@@ -16,7 +16,8 @@ import simpy
 
 from fedsim.errors import NetworkError
 from fedsim.network.clock import At
-from fedsim.network.transfers import Delivery, Network
+from fedsim.network.payloads import Delivery
+from fedsim.network.transfers import Network
 
 __all__ = ["Broadcast", "Compute", "Service", "Trip", "then"]
 

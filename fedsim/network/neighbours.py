@@ -27,7 +27,8 @@ import simpy
 from fedsim.errors import NetworkError
 from fedsim.network.clock import At
 from fedsim.network.exchange import Compute, Trip, then
-from fedsim.network.transfers import Delivery, Network, Transfer
+from fedsim.network.payloads import Delivery
+from fedsim.network.transfers import Network, Transfer
 from fedsim.streams import uniform
 
 __all__ = ["Fanout", "Hooks", "Manner", "Neighbours", "is_linked"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedsim.network.exchange import Trip
-from fedsim.network.transfers import Delivery
+from fedsim.network.payloads import Delivery
 from topologies.schedules import Schedule
 
 __all__ = ["Bucket", "Conduct", "Hooks", "Plan", "Report", "Span"]

@@ -9,7 +9,8 @@ import simpy
 from fedsim.errors import ScenarioError
 from fedsim.network.links import LinkEnds, LinkState, Steps
 from fedsim.network.options import TransferOptions
-from fedsim.network.transfers import Delivery, Network
+from fedsim.network.payloads import Delivery
+from fedsim.network.transfers import Network
 from fedsim.network.wiring import LinkTable, ListedWiring
 
 __all__ = ["deliveries_of", "replay"]

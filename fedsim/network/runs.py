@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from fedsim.errors import NetworkError, PayloadError
 from fedsim.network.exchange import Compute, Trip, then
 from fedsim.network.lanes import Lanes, Script, Shares
+from fedsim.network.payloads import Delivery, LinkDown, Spread
 from fedsim.network.plan import Bucket, Hooks, Plan, Report, Span
 from fedsim.network.reuse import Due, Memory, Past, Tally, Watch
-from fedsim.network.transfers import Delivery, LinkDown, Network, Spread, Transfer
+from fedsim.network.transfers import Network, Transfer
 
 __all__ = ["Host", "Member", "Progress", "Run"]
 

@@ -11,9 +11,8 @@ waits for many of them handles loss as data.
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import exp, inf, isnan, log1p, nan
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -24,104 +23,16 @@ from fedsim.errors import NetworkError
 from fedsim.network.clock import ARRIVAL, CHANGE, EXPIRY, WHILE_OPEN, Clock
 from fedsim.network.engine import Flow, FluidNetwork
 from fedsim.network.failures import Failure, Scheduled
+from fedsim.network.fates import Fates
 from fedsim.network.links import Burst, LinkModel
 from fedsim.network.options import TransferOptions
+from fedsim.network.payloads import Delivery, LinkDown, LinkUse, Outcome, Spread, Way
 from fedsim.network.states import LinkStates
 from fedsim.network.wiring import LinkTable, Wiring
-from fedsim.streams import bits
 
-__all__ = ["Delivery", "LinkDown", "LinkUse", "Network", "Spread", "Transfer", "Way"]
+__all__ = ["Network", "Transfer"]
 
 FloatArray = NDArray[np.float64]
-Outcome = Literal["delivered", "lost", "failed"]
-LinkDown = Literal["stall", "fail", "reroute"]
-
-
-@dataclass(slots=True)  # not frozen: one is made for each payload, and that takes thrice as long
-class Delivery:
-    """What became of a payload; not to be changed.
-
-    Attributes
-    ----------
-    source, destination : int
-        Node ids.
-    size_bytes : int
-        Payload, without headers.
-    started, finished : float, s
-        When it was sent, and when its last byte arrived or it was given up.
-    outcome : {"delivered", "lost", "failed"}
-    reason : str
-        Why it was lost or failed; empty if delivered.
-    first_byte : float, s
-        When the first byte of the last attempt arrived; nan if none did.
-    attempts : int
-    route : tuple of int
-        Link ids; `Network.link_name` names them.
-    """
-
-    source: int
-    destination: int
-    size_bytes: int
-    started: float
-    finished: float
-    outcome: Outcome
-    reason: str = ""
-    first_byte: float = nan
-    attempts: int = 1
-    route: tuple[int, ...] = ()
-
-
-class Way(NamedTuple):
-    """What a payload meets that is alone on its route.
-
-    Attributes
-    ----------
-    source, destination : int
-    route : tuple of int
-        Link ids.
-    delay : float, s
-        Until the first byte arrives.
-    rate_bps : float, bit/s
-        Of the narrowest link.
-    shared : list of int
-        Links of the route on which another payload would slow it down.
-    """
-
-    source: int
-    destination: int
-    route: tuple[int, ...]
-    delay: float
-    rate_bps: float
-    shared: list[int]
-
-    def times(self, n_bits: float, start: float) -> tuple[float, float]:
-        """Return when the first and the last bit arrive (s)."""
-        first_byte = start + self.delay
-        return first_byte, first_byte + n_bits / self.rate_bps
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How a payload travels that does not take one route by the network's own options.
-
-    Attributes
-    ----------
-    shares : mapping of int to float
-        Link id → share of the payload that crosses it; several routes are used at once, and the
-        latency is their mean.
-    link_down : {"stall", "fail", "reroute"}
-        Instead of the network's `TransferOptions.link_down`.
-    detour : callable, optional
-        Returns the shares over links that are up now, for ``reroute``; raises where there are none.
-    exact_bytes : float, optional
-        What takes time on the links, where a payload is cut into equal pieces that are no whole
-        bytes.
-    """
-
-    shares: Mapping[int, float]
-    link_down: LinkDown
-    detour: Callable[[], Mapping[int, float]] | None = None
-    exact_bytes: float | None = None
 
 
 class Transfer(simpy.Event):
@@ -235,33 +146,6 @@ class _Watch:
         self.is_over = False
 
 
-@dataclass(frozen=True, slots=True)
-class LinkUse:
-    """What a link has carried.
-
-    Attributes
-    ----------
-    name : str
-    bandwidth_bps, latency : float, bit/s and s
-    carried_bytes : float
-        Headers and repetitions included.
-    busy_time : float, s
-        With at least one payload on it (0 for a link of infinite bandwidth).
-    """
-
-    name: str
-    bandwidth_bps: float
-    latency: float
-    carried_bytes: float
-    busy_time: float
-
-    def utilisation(self, elapsed: float) -> float:
-        """Return the share of the nominal capacity of `elapsed` seconds that was used."""
-        if elapsed <= 0 or not 0 < self.bandwidth_bps < inf:
-            return 0.0
-        return 8 * self.carried_bytes / (self.bandwidth_bps * elapsed)
-
-
 class Network:
     """Payloads that share links in the virtual time of a SimPy environment.
 
@@ -335,10 +219,7 @@ class Network:
         self._carried = array("d", bytes(8 * len(table.latency)))
         self._watches: dict[int, _Watch] = {}
         self._active: dict[Transfer, None] = {}
-        self._message_counts: dict[tuple[int, int], int] = {}
-        self._loss_key = int(bits(seed, "message-loss"))
-        self._drop_key = int(bits(seed, "packet-loss"))
-        self._counts_messages = self.options.message_loss > 0 or self.options.loss == "drop"
+        self._fates = Fates(seed, self.options)
         self._is_plain = (
             self.options.loss == "none"
             and self.options.startup == "none"
@@ -536,7 +417,7 @@ class Network:
     @property
     def has_draws(self) -> bool:
         """Whether what becomes of a message is drawn at random."""
-        return self._counts_messages
+        return self._fates.are_drawn
 
     @property
     def is_predictable(self) -> bool:
@@ -544,7 +425,7 @@ class Network:
         return (
             self._is_plain
             and not self._active
-            and not self._counts_messages
+            and not self._fates.are_drawn
             and not self._states.is_varying
             and self.options.timeout is None
             and self.on_close is None
@@ -673,8 +554,10 @@ class Network:
         transfer.bits_left = transfer.wire_bits
         transfer.first_byte = nan
         transfer.rate_cap = inf
-        if self._counts_messages:
-            self._draw_loss(transfer)
+        if self._fates.are_drawn:
+            fate = self._fates.draw(transfer.source, transfer.destination)
+            transfer.will_be_lost, transfer.drop_draw = fate
+            transfer.log_survival = 0.0
         if self._states.is_varying:
             for node in (transfer.source, transfer.destination):
                 if self._states.is_dead(node, now):
@@ -844,16 +727,6 @@ class Network:
 
     def _expire(self, transfer: Transfer, now: float) -> None:
         self._close(transfer, "failed", "timeout")
-
-    def _draw_loss(self, transfer: Transfer) -> None:
-        """Draw the fate of the pair's next message."""
-        pair = (transfer.source, transfer.destination)
-        count = self._message_counts.get(pair, 0)
-        self._message_counts[pair] = count + 1
-        words = (*pair, count)
-        transfer.will_be_lost = keyed_uniform(self._loss_key, words) < self.options.message_loss
-        transfer.drop_draw = keyed_uniform(self._drop_key, words)
-        transfer.log_survival = 0.0
 
     def _route_loss(self, transfer: Transfer) -> float:
         """Return the probability that a packet is lost on the route, bursts apart."""
@@ -1036,19 +909,3 @@ class Network:
         if now - transfer.stalled_since >= (self.options.stall_timeout or 0.0) * (1 - 1e-12):
             transfer.stalled_since = nan
             self._miss(transfer, "failed", "stalled")
-
-
-_MASK = 0xFFFFFFFFFFFFFFFF
-
-
-def keyed_uniform(key: int, words: Iterable[int]) -> float:
-    """Return `streams.uniform(seed, purpose, *words)` for scalars, given ``bits(seed, purpose)``.
-
-    numpy takes some 40 µs for one message's draw; this takes 2.
-    """
-    for word in words:
-        z = ((key ^ (word & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        key = z ^ (z >> 31)
-    return (key >> 11) * 2.0**-53

@@ -6,7 +6,8 @@ import simpy
 from fedsim import streams
 from fedsim.errors import NetworkError
 from fedsim.network import Failure, OnOff, graph_network, star_network
-from fedsim.network.transfers import Spread, keyed_uniform
+from fedsim.network.fates import keyed_uniform
+from fedsim.network.payloads import Spread
 
 MBIT = 125_000  # bytes that take a second at 1 Mbit/s
 
