@@ -750,6 +750,8 @@ def dump_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) is float:
+        return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, np.ndarray | np.generic):

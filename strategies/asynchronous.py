@@ -301,13 +301,13 @@ class AsyncStrategy(Strategy):
             return None
         work = {key: _widened(tensor_of(array)) for key, array in record_of(reply).items()}
         records = reply.content.values()
-        metrics = next((r for r in records if isinstance(r, MetricRecord)), MetricRecord())
+        metrics = next((r for r in records if isinstance(r, MetricRecord)), None)
         return Update(
             work,
             sent.base,
             self.version - sent.version,
             self._flights.now - sent.time,
-            float(metrics.get("num-examples", 1.0)),  # type: ignore[arg-type]
+            1.0 if metrics is None else float(metrics.get("num-examples", 1.0)),  # type: ignore[arg-type]
         )
 
     def _watch(self, replies: Sequence[Message]) -> None:
@@ -380,10 +380,8 @@ class FedAsync(AsyncStrategy):
     def absorb(self, update: Update) -> bool:
         """Mix the model in."""
         rate = self.mixing_rate * self.weight(update.staleness)
-        self.model = {
-            key: torch.lerp(value.to(update.work[key].device), update.work[key], rate)
-            for key, value in self.model.items()
-        }
+        model, work = _beside(self.model, update.work)
+        self.model = dict(zip(self.model, torch._foreach_lerp(model, work, rate), strict=True))
         return True
 
 
@@ -511,16 +509,23 @@ class DeadlineFedAvg(AsyncStrategy):
 
 def _add(total: Tensors, update: Update, weight: float) -> None:
     """Add a weighted update to a sum, in place."""
-    for key, work in update.work.items():
-        change = work - update.base[key].to(work.device)
-        total[key] = total[key].add_(change, alpha=weight) if key in total else change * weight
+    base, work = _beside(update.base, update.work)
+    changes = torch._foreach_sub(work, base)
+    if total:
+        torch._foreach_add_([total[key] for key in update.base], changes, alpha=weight)
+    else:
+        total.update(zip(update.base, torch._foreach_mul(changes, weight), strict=True))
 
 
 def _stepped(model: Tensors, step: Tensors, rate: float) -> Tensors:
-    return {
-        key: torch.add(value.to(step[key].device), step[key], alpha=rate)
-        for key, value in model.items()
-    }
+    values, steps = _beside(model, step)
+    return dict(zip(model, torch._foreach_add(values, steps, alpha=rate), strict=True))
+
+
+def _beside(values: Tensors, others: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors of both in the order of the first, on the devices of the others."""
+    there = [others[key] for key in values]
+    return [v.to(o.device) for v, o in zip(values.values(), there, strict=True)], there
 
 
 def _widened(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class RowArray(Array):
         self.__dict__.update(  # past Array.__setattr__, whose bookkeeping needs `data`
             stack=stack,
             row=row,
-            dtype=str(stack.dtype).removeprefix("torch."),
+            dtype=_name_of(stack.dtype),
             shape=tuple(stack.shape[1:]),
             stype="numpy.ndarray",
         )
@@ -70,6 +71,11 @@ class RowArray(Array):
 
     def __reduce__(self) -> tuple[type[Array], tuple[NDArray[Any]]]:
         return Array, (self.numpy(),)
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def row_records(stacks: Mapping[str, torch.Tensor], rows: Sequence[int]) -> list[ArrayRecord]:

@@ -15,7 +15,8 @@ name                       needed because
 ``ClientApp._call``,       whether an app has a train function is told before a run begins
 ``._registered_funcs``
 ``TypedDict._data``        a record checks each value as it is set, which costs more than
-                           simulating the message; values made here need no check
+                           simulating the message; values made here need no check. Reading
+                           one key costs as much as ten of a plain dict
 =========================  =========================================================
 """
 
@@ -59,6 +60,7 @@ __all__ = [
     "record_of",
     "replies_to",
     "set_message_id",
+    "values_of",
 ]
 
 CLIENT_APP_RAISED = int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
@@ -84,6 +86,12 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
     """Put values of the right types into a new record without checking each; return it."""
     record.__dict__["_data"].update(values)
     return record
+
+
+def values_of(record: ArrayRecord | ConfigRecord | MetricRecord | RecordDict) -> dict[str, Any]:
+    """Return the very dict that a record keeps its values in: only to be read."""
+    values: dict[str, Any] = record.__dict__["_data"]
+    return values
 
 
 def record_of(kind: type[RecordT], values: dict[str, Any]) -> RecordT:

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedsim.errors import PayloadError, ScenarioError
+from fedsim.flower import compat
 from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network.edges import Backhaul
 from fedsim.network.neighbours import Manner
@@ -107,7 +108,7 @@ def read_exchange(content: RecordDict) -> Exchange:
     PayloadError
         If the record ``exchange`` has an unknown key or kind, or a value that it cannot have.
     """
-    record = content.get(_EXCHANGE)
+    record = compat.values_of(content).get(_EXCHANGE)
     if record is None:
         return _SERVED
     if not isinstance(record, ConfigRecord):
@@ -270,9 +271,11 @@ def round_of(message: Message) -> int:
 
 def server_round(content: RecordDict) -> int | None:
     """Return the round that a config names; None if none does."""
-    for record in content.values():
-        if isinstance(record, ConfigRecord) and isinstance(record.get("server-round"), int):
-            return int(record["server-round"])  # type: ignore[arg-type]
+    for record in compat.values_of(content).values():
+        if isinstance(record, ConfigRecord):
+            number = compat.values_of(record).get("server-round")
+            if isinstance(number, int):
+                return int(number)
     return None
 
 
@@ -349,9 +352,10 @@ class WorkPlan:
             If a value is of the wrong type or out of range.
         """
         keys: dict[str, Any] = {}
-        for name, record in content.items():
+        for name, record in compat.values_of(content).items():
             if isinstance(record, ConfigRecord) and name != _EXCHANGE:
-                keys.update({k: record[k] for k in _CONFIG_KEYS if k in record})
+                asked_of = compat.values_of(record)
+                keys.update({k: asked_of[k] for k in _CONFIG_KEYS if k in asked_of})
         if not keys:
             return self.defaults
         # With the types, since 1 and 1.0 are one key but not both a number of steps.

@@ -275,7 +275,7 @@ class FiniteCheck:
 
     def __call__(self, record: ArrayRecord) -> bool:
         """Return whether all numbers are finite (encoded arrays are not looked into)."""
-        for array in record.values():
+        for array in compat.values_of(record).values():
             stack: torch.Tensor | None = getattr(array, "stack", None)
             if stack is None:
                 is_float = array.dtype in ("float16", "bfloat16", "float32", "float64")
@@ -285,7 +285,7 @@ class FiniteCheck:
             known = self._bad.get(id(stack))
             if known is None or known[0]() is not stack:
                 known = self._bad[id(stack)] = self._watch(stack), _rows_not_finite(stack)
-            if array.row in known[1]:  # type: ignore[attr-defined]
+            if array.row in known[1]:
                 return False
         return True
 
@@ -325,9 +325,9 @@ def payload_bytes(content: RecordDict) -> int:
     """
     return sum(
         array_bytes(array)
-        for record in content.values()
+        for record in compat.values_of(content).values()
         if isinstance(record, ArrayRecord)
-        for array in record.values()
+        for array in compat.values_of(record).values()
     )
 
 
@@ -370,31 +370,30 @@ class Intake:
         """Return a copy of a content, and its payload in bytes."""
         size = 0
         records: dict[str, Any] = {}
-        for name, record in content.items():
+        for name, record in compat.values_of(content).items():
             if isinstance(record, ArrayRecord):
                 records[name], weight = self._take(name, record, content)
                 size += weight
             else:
                 records[name] = record.copy()
-        copied = compat.fill(RecordDict(), records)
+        copied = compat.record_of(RecordDict, records)
         return copied, size if self._is_dense else flower_bytes(copied)
 
     def _take(self, name: str, record: ArrayRecord, content: RecordDict) -> tuple[ArrayRecord, int]:
         """Return the copy of a record of arrays, and its weight: what was made last, if it fits."""
-        items = record.items()
+        arrays = compat.values_of(record)
         if name in self._taken:
             given, copied, size = self._taken[name]
-            pairs = zip(given.items(), items, strict=False)
-            if len(given) == len(items) and all(k == key and a is b for (k, a), (key, b) in pairs):
+            pairs = zip(given.items(), arrays.items(), strict=False)
+            if len(given) == len(arrays) and all(k == key and a is b for (k, a), (key, b) in pairs):
                 return copied, size
-        taken = compat.fill(RecordDict(), {name: record.copy()})
+        copied = record.copy()
         if self._keep_dtypes:
-            arrays = (r for r in content.values() if isinstance(r, ArrayRecord))
-            self._template = self._template or template_of(arrays)
-            if n_cast := cast_like(taken, self._template):
-                _log.info("cast %d array(s) on the way down to the dtype they first had", n_cast)
-        copied, size = taken.array_records[name], payload_bytes(taken)
-        self._taken[name] = dict(items), copied, size
+            records = (r for r in content.values() if isinstance(r, ArrayRecord))
+            self._template = self._template or template_of(records)
+            copied = cast_like(copied, self._template)
+        size = sum(map(array_bytes, compat.values_of(copied).values()))
+        self._taken[name] = dict(arrays), copied, size
         return copied, size
 
 
@@ -412,26 +411,25 @@ def private_copy(content: RecordDict) -> RecordDict:
     return copied
 
 
-def cast_like(content: RecordDict, template: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Cast float arrays back to the dtype they first had, in place; return how many were cast.
+def cast_like(
+    record: ArrayRecord, template: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> ArrayRecord:
+    """Return a record whose float arrays have the dtype they first had: itself if they have.
 
     NumPy 2 turns float32 times a float64 scalar into float64, which doubles the download of
     several of Flower's strategies from round 2 on. Only float arrays whose key and shape are in
     `template` (key → (dtype, shape)) are touched.
     """
-    count = 0
-    for name, record in content.items():
-        if not isinstance(record, ArrayRecord):
-            continue
-        changed = {
-            key: _cast(array, template[key][0])
-            for key, array in record.items()
-            if _drifted(array, template.get(key))
-        }
-        if changed:
-            content[name] = LazyArrayRecord({**record, **changed})
-            count += len(changed)
-    return count
+    arrays = compat.values_of(record)
+    changed = {
+        key: _cast(array, template[key][0])
+        for key, array in arrays.items()
+        if _drifted(array, template.get(key))
+    }
+    if not changed:
+        return record
+    _log.info("cast %d array(s) on the way down to the dtype they first had", len(changed))
+    return compat.record_of(LazyArrayRecord, {**arrays, **changed})
 
 
 def _drifted(array: Array, wanted: tuple[str, tuple[int, ...]] | None) -> bool:

@@ -197,14 +197,16 @@ def test_only_drifted_float_arrays_of_the_template_are_cast():
         "n": Array(np.array(4.6)),
         "new": Array(np.ones(2)),
     }
-    content = RecordDict({"arrays": ArrayRecord(drifted)})
-    assert records.cast_like(content, template) == 2
-    assert content["arrays"]["w"].dtype == "float32"
-    assert content["arrays"]["n"].numpy() == 5
-    assert content["arrays"]["n"].dtype == "int64"
-    assert content["arrays"]["new"].dtype == "float64"
-    other_shape = RecordDict({"arrays": ArrayRecord({"w": Array(np.ones(4))})})
-    assert records.cast_like(other_shape, template) == 0
+    record = ArrayRecord(drifted)
+    cast = records.cast_like(record, template)
+    assert {key: (a.dtype, a.numpy().tolist()) for key, a in cast.items()} == {
+        "w": ("float32", [1, 1, 1]),
+        "n": ("int64", 5),
+        "new": ("float64", [1, 1]),
+    }
+    assert record["w"].dtype == "float64"
+    for kept in (ArrayRecord({"w": Array(np.ones(4))}), cast):
+        assert records.cast_like(kept, template) is kept
 
 
 def test_rows_are_copied_out_of_a_stack_that_is_hardly_used():
