@@ -89,7 +89,7 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
 
 
 def values_of(record: ArrayRecord | ConfigRecord | MetricRecord | RecordDict) -> dict[str, Any]:
-    """Return the very dict that a record keeps its values in: only to be read."""
+    """Return the very dict that a record keeps its values in; what is put there is not checked."""
     values: dict[str, Any] = record.__dict__["_data"]
     return values
 

@@ -314,20 +314,19 @@ class NetworkGrid(Grid):
         cargoes: dict[int, _Cargo] = {}
         loads: list[_Cargo] = []
         n_devices = len(self.fleet)
+        devices: list[int] = []
         for message in batch:
-            check_node(message.metadata.dst_node_id, n_devices)
+            node_id = message.metadata.dst_node_id
+            check_node(node_id, n_devices)
+            devices.append(node_id - NODE_BASE)
             content = message.content
             if id(content) not in cargoes:
                 cargoes[id(content)] = self._load(content)
             loads.append(cargoes[id(content)])
         peers = [self._peers_of(m, load) for m, load in zip(batch, loads, strict=True)]
         manners = agreed_manners([(load.round, load.exchange) for load in loads])
-        groups = self._planner.groups(
-            [
-                (message.metadata.dst_node_id - NODE_BASE, load.exchange)
-                for message, load in zip(batch, loads, strict=True)
-            ]
-        )
+        exchanges = [load.exchange for load in loads]
+        groups = self._planner.groups(list(zip(devices, exchanges, strict=True)))
         if any(_is_train(message) for message in batch):
             self.on_train_push()
         self._start_round(max((load.round or 0 for load in loads), default=0))
@@ -804,7 +803,8 @@ class NetworkGrid(Grid):
             return
         is_train = is_train_type(trip.kind)
         metrics, is_finite = None, True
-        for record in reply.content.values():
+        records = compat.values_of(reply.content)
+        for record in records.values():
             if isinstance(record, MetricRecord):
                 metrics = record if metrics is None else metrics
             elif is_train and is_finite and isinstance(record, ArrayRecord):
@@ -812,7 +812,7 @@ class NetworkGrid(Grid):
         if not is_finite:
             self._ledger.note_not_finite(trip)
         if metrics is not None:
-            self._ledger.note_metrics(trip, dict(metrics.items()))
+            self._ledger.note_metrics(trip, dict(compat.values_of(metrics)))
         delivery: dict[str, Any] = {
             "sent_bytes": trip.bytes_up,
             "received_bytes": trip.bytes_down,
@@ -834,9 +834,9 @@ class NetworkGrid(Grid):
                 delivery["received_from"] = [NODE_BASE + device for device in came]
             if flight.exchange.manner.barrier == "local":
                 sent = {d: None if s is None else s.sent for d, s in came.items()}
-                compat.fill(reply.content, {"received": received(sent)})
+                records["received"] = received(sent)
             trip.payloads = dict.fromkeys(came)  # let go of the senders' models
-        compat.fill(reply.content, {"delivery": compat.record_of(ConfigRecord, delivery)})
+        records["delivery"] = compat.record_of(ConfigRecord, delivery)
 
     def _run_until(self, ids: Set[str], deadline: float, *, needed: int) -> None:
         """Advance virtual time until `needed` of the instructions are decided, or `deadline`."""
