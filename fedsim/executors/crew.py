@@ -1,10 +1,13 @@
 """Workers on Ray: processes of this machine or of a cluster that do pieces of a batch.
 
 Decision: a worker keeps nothing that a piece of work changes, and what it needs (data, model) is
-placed once in the object store. Ray can therefore start a worker that died anew, on another
-machine if need be, and repeat its piece: a round is not lost, and its result is the same.
+placed once in the object store. What a worker was at that died, alone or with its whole machine,
+another can therefore do at once: a round is not lost, and its result is the same. One that takes
+its place joins when Ray has found room for it. Ray's own restarts would wait for that room, which
+may never come.
 """
 
+import logging
 import os
 import pickle
 import socket
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import cycle
 from typing import Any, Self
 from uuid import uuid4
 
@@ -30,8 +34,10 @@ __all__ = ["Crew", "Tool", "Wanted"]
 
 IntArray = NDArray[np.int64]
 
+_log = logging.getLogger(__name__)
+
 _START_SECONDS = 180.0
-_RETRIES = 3  # of one piece of work
+_ATTEMPTS = 4  # at one piece of work
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,7 @@ class Crew:
         self._has_started_ray = False
         self._wanted: Wanted | None = None
         self._workers: list[Any] = []
+        self._coming: dict[Any, Any] = {}  # first answer of a worker being started → worker
         self._parts: dict[int, tuple[Any, Any]] = {}
 
     def __enter__(self) -> Self:
@@ -145,6 +152,8 @@ class Crew:
         if wanted != self._wanted:
             self._dismiss()
             self._hire(wanted, self.reserve(wanted))
+        elif self._coming:
+            self._welcome(len(self._coming), 0.0)
         return shares_of(work, len(self._workers))
 
     def map(
@@ -152,28 +161,41 @@ class Crew:
     ) -> list[Any]:
         """Return ``function(tool, *piece)`` of each piece, one a worker, in order.
 
+        What a worker was at that died is done by those that are left.
+
         Raises
         ------
         ExecutorError
-            If a worker has died with the same piece again and again.
+            If workers have died with the same piece again and again.
         Exception
             What `function` raises.
         """
         ray = _ray()
         needed = [self._put(part) for part in (tool.make, *tool.parts)]
-        refs = [
-            worker.run.remote(function, tool.key, needed, piece)
-            for worker, piece in zip(self._workers, pieces, strict=False)
-        ]
-        try:
-            return list(ray.get(refs))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except ray.exceptions.RayActorError as error:
-            raise ExecutorError(
-                f"a worker has died {_RETRIES + 1} times with the same piece of work (out of "
-                f"memory?): {str(error).strip().splitlines()[0]}"
-            ) from error
+        done: dict[int, Any] = {}
+        for attempt in range(_ATTEMPTS):
+            left = [i for i in range(len(pieces)) if i not in done]
+            begun = [
+                (i, worker, worker.run.remote(function, tool.key, needed, pieces[i]))
+                for i, worker in zip(left, cycle(self._workers), strict=False)
+            ]
+            for i, worker, ref in begun:
+                try:
+                    done[i] = ray.get(ref)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from error
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                    if attempt == _ATTEMPTS - 1:
+                        raise ExecutorError(
+                            f"{_ATTEMPTS} workers have died with the same piece of work (out of "
+                            f"memory?): {_first_line(error)}"
+                        ) from error
+                    self._replace(worker)
+            if len(done) == len(pieces):
+                break
+            if not self._workers:
+                self._welcome(1, _START_SECONDS)
+        return [done[i] for i in range(len(pieces))]
 
     def _put(self, thing: Any) -> Any:
         """Return a reference to `thing` in the object store, where it is placed once."""
@@ -203,36 +225,56 @@ class Crew:
                     runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
                 )
         except Exception as error:  # Ray raises many kinds
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ScenarioError(f"executor.address: no Ray at {place}: {said[0]}") from error
+            said = _first_line(error)
+            raise ScenarioError(f"executor.address: no Ray at {place}: {said}") from error
         self._has_started_ray = True
 
     def _hire(self, wanted: Wanted, number: int) -> None:
-        ray = _ray()
-        worker = ray.remote(_Worker).options(
-            num_cpus=wanted.cpus,
-            num_gpus=wanted.gpus,
-            max_restarts=-1,
-            max_task_retries=_RETRIES,
-        )
-        self._workers = [worker.remote() for _ in range(number)]
         self._wanted = wanted
-        pings = [each.ping.remote() for each in self._workers]
-        ready, late = ray.wait(pings, num_returns=number, timeout=_START_SECONDS)
-        if late:
+        for _ in range(number):
+            self._begin(wanted)
+        self._welcome(number, _START_SECONDS)
+
+    def _begin(self, wanted: Wanted) -> None:
+        """Let Ray start a worker as soon as there is room for it."""
+        kind = _ray().remote(_Worker).options(num_cpus=wanted.cpus, num_gpus=wanted.gpus)
+        worker = kind.remote()
+        self._coming[worker.ping.remote()] = worker
+
+    def _welcome(self, number: int, seconds: float) -> None:
+        """Take in workers that have been started; wait for `number` of them if it takes time."""
+        ray = _ray()
+        ready, _ = ray.wait(list(self._coming), num_returns=number, timeout=seconds)
+        if seconds and len(ready) < number:
             self._dismiss()
             raise ExecutorError(
                 f"only {len(ready)} of {number} Ray workers could be started within "
-                f"{_START_SECONDS:g} s: is the cluster busy? Ask for fewer (executor.workers)"
+                f"{seconds:g} s: is the cluster busy? Ask for fewer (executor.workers)"
             )
-        ray.get(pings)  # raises what keeps a worker from starting
+        for ping in ready:
+            worker = self._coming.pop(ping)
+            try:
+                ray.get(ping)
+            except ray.exceptions.RayActorError:
+                if seconds:  # else it has died like the one whose place it was to take
+                    raise
+            else:
+                self._workers.append(worker)
+
+    def _replace(self, worker: Any) -> None:
+        """Do without a worker that has died until another has been started."""
+        assert self._wanted is not None
+        if worker in self._workers:
+            self._workers.remove(worker)
+            _ray().kill(worker)
+            self._begin(self._wanted)
+            _log.warning("a Ray worker has died; %d are left", len(self._workers))
 
     def _dismiss(self) -> None:
-        if self._workers:
-            ray = _ray()
-            for worker in self._workers:
-                ray.kill(worker)
+        for worker in (*self._workers, *self._coming.values()):
+            _ray().kill(worker)
         self._workers, self._wanted = [], None
+        self._coming.clear()
 
 
 class _Worker:
@@ -261,6 +303,10 @@ class _Worker:
 def _ray() -> Any:
     """Return the package, imported when it is first needed: that takes a second."""
     return import_module("ray")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

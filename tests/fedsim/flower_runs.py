@@ -54,6 +54,14 @@ def stop(home):
             time.sleep(0.1)
 
 
+def remaining(home, seconds=20):
+    """Return the processes that are still there after a while: Ray's end by themselves."""
+    end = time.monotonic() + seconds
+    while running(home) and time.monotonic() < end:
+        time.sleep(0.2)
+    return running(home)
+
+
 def running(home):
     """Return the processes that have this FLWR_HOME, other than this one."""
     mark = f"FLWR_HOME={home}".encode()

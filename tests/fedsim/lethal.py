@@ -1,4 +1,4 @@
-"""A model and an app that kill the process they run in, once, if it is not the test's own."""
+"""A model and an app that kill what they run in, once, if it is not the test's own process."""
 
 import os
 import signal
@@ -23,6 +23,15 @@ def _die_once(name):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _die_with_machine(node):
+    """Kill the Ray node that a worker is on, and the worker."""
+    from ray import get_runtime_context
+
+    if get_runtime_context().get_node_id() == node:
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Net(nn.Module):
     """Logistic regression; kills its process when called for the 20th time."""
 
@@ -37,6 +46,19 @@ class Net(nn.Module):
         Net.calls += 1
         if Net.calls >= 20:
             _die_once("model")
+        return self.only(x)
+
+
+class Doomed(Net):
+    """The same; kills the Ray node that the file ``doomed`` names when called for the 20th time."""
+
+    def forward(self, x):
+        """Return logits."""
+        Doomed.calls += 1
+        if Doomed.calls == 20 and os.getpid() != int(os.environ["LETHAL_OWNER"]):
+            folder = Path(os.environ["LETHAL_FOLDER"])
+            _die_with_machine((folder / "doomed").read_text("utf-8"))
+            (folder / "survivor").touch()
         return self.only(x)
 
 

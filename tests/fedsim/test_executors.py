@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fedsim
+from fedsim import runner
 from fedsim.errors import ScenarioError
 from fedsim.executors.crew import Crew, Wanted
 from fedsim.scenario import Scenario
@@ -84,6 +85,7 @@ def runs(tmp_path_factory):
         patch.setenv("LETHAL_FOLDER", str(tmp_path_factory.mktemp("deaths")))
         patch.setenv("LETHAL_OWNER", str(os.getpid()))
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setattr(runner, "write_report", lambda out: None)  # its figures take a second each
         result = fedsim.run(Scenario.from_mapping(WORLD | {"strategies": entries}), out / "run")
         deaths = sorted(path.name for path in Path(os.environ["LETHAL_FOLDER"]).iterdir())
     return result, out / "run", deaths, sorted(set(children()) - set(before))
@@ -115,6 +117,41 @@ def test_workers_were_killed_in_the_middle_of_a_round(runs):
 @pytest.mark.flower
 def test_no_process_is_left_behind(runs):
     assert runs[3] == []
+
+
+@pytest.fixture
+def two_nodes(tmp_path, monkeypatch):
+    """Return the address of a cluster of two Ray nodes of one processor; one is doomed."""
+    pytest.importorskip("ray", reason='needs Ray: pip install "fedsim[ray]"')
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("LETHAL_FOLDER", str(tmp_path))
+    monkeypatch.setenv("LETHAL_OWNER", str(os.getpid()))
+    size = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=size | {"include_dashboard": False})
+    try:
+        doomed = cluster.add_node(**size)
+        (tmp_path / "doomed").write_text(doomed.node_id, "utf-8")
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.flower
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+def test_a_machine_of_a_cluster_is_lost_in_the_middle_of_a_round(two_nodes, tmp_path, caplog):
+    runs = []
+    for executor in ({"kind": "vectorised"}, {"kind": "ray", "address": two_nodes}):
+        model = {"model": f"{LETHAL}:Doomed", "executor": executor}
+        made = Scenario.from_mapping(WORLD | model | {"rounds": 3})
+        runs.append(fedsim.run(made).strategies["linear"].rounds)
+    here, there = runs
+    assert [row.virtual_time for row in there] == [row.virtual_time for row in here]
+    losses = [row.eval_loss for row in here]
+    assert [row.eval_loss for row in there] == pytest.approx(losses, abs=1e-6)
+    assert "a Ray worker has died; 1 are left" in caplog.text
+    assert (tmp_path / "survivor").exists()  # the other worker was on the other machine
 
 
 @pytest.mark.parametrize("kind", ["ray", "flower"])
@@ -159,9 +196,7 @@ class SmallCluster:
 
     def options(self, **options):
         self.asked.append(options)
-        return SimpleNamespace(
-            remote=lambda: SimpleNamespace(ping=SimpleNamespace(remote=lambda: 1))
-        )
+        return SimpleNamespace(remote=lambda: SimpleNamespace(ping=SimpleNamespace(remote=object)))
 
     def wait(self, pings, **options):
         return pings, []
@@ -193,9 +228,7 @@ def test_workers_get_the_processors_and_gpus_that_are_asked_for(monkeypatch):
     with Crew() as crew:
         shares = crew.shares(np.ones(6, np.int64), Wanted(cpus=0.5, gpus=0.5))
         assert len(shares) == 4
-    assert ray.asked == [
-        {"num_cpus": 0.5, "num_gpus": 0.5, "max_restarts": -1, "max_task_retries": 3}
-    ]
+    assert ray.asked == 4 * [{"num_cpus": 0.5, "num_gpus": 0.5}]
 
 
 def test_a_cluster_that_is_not_there_is_an_error_at_once():

@@ -9,12 +9,12 @@ import pytest
 
 from fedsim.registry import TABLES
 from tests.fedsim import ray_app
-from tests.fedsim.flower_runs import ROOT, running
+from tests.fedsim.flower_runs import ROOT, remaining
 from tests.plain_grid import PlainGrid, flower_identity
 
 STRATEGIES = sorted(TABLES["strategy"])
 PROGRAM = """
-import os, sys, traceback
+import os, sys, time, traceback
 import numpy as np
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
@@ -25,7 +25,7 @@ server = ServerApp()
 @server.main()
 def main(grid, context):
     while len(list(grid.get_node_ids())) < ray_app.N:
-        pass
+        time.sleep(0.1)
     for kind in sys.argv[2:]:
         try:
             arrays = ray_app.run(kind, grid)
@@ -74,7 +74,7 @@ def simulated(tmp_path_factory):
         [sys.executable, "-c", PROGRAM, str(out), *STRATEGIES],
         env=os.environ | quiet, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
-    left = running(home)
+    left = remaining(home)
     found = {}
     for path in out.glob("*.npz"):
         with np.load(path) as arrays:
