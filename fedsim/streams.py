@@ -16,6 +16,7 @@ __all__ = ["bits", "digest", "mix64", "stream", "uniform"]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def digest(name: str | int) -> int:
@@ -54,12 +55,16 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     .. [1] Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     with np.errstate(over="ignore"):
-        z = np.asarray(values + _GOLDEN, dtype=np.uint64)
-        z ^= z >> np.uint64(30)
-        z *= _MIX_1
-        z ^= z >> np.uint64(27)
-        z *= _MIX_2
-        z ^= z >> np.uint64(31)
+        return _mixed(values)
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = np.asarray(values + _GOLDEN, dtype=np.uint64)
+    z ^= z >> _30
+    z *= _MIX_1
+    z ^= z >> _27
+    z *= _MIX_2
+    z ^= z >> _31
     return z
 
 
@@ -72,10 +77,11 @@ def bits(seed: int | NDArray[np.int64], purpose: str, *words: ArrayLike) -> NDAr
         One draw for each element of the broadcast words; a 0-d array if all are scalars.
     """
     start = digest(seed) if isinstance(seed, int) else seed.astype(np.uint64)
-    key = mix64(np.asarray(start, np.uint64))
-    key = mix64(key ^ np.uint64(digest(purpose)))
-    for word in words:
-        key = mix64(key ^ np.asarray(word).astype(np.uint64))
+    with np.errstate(over="ignore"):
+        key = _mixed(np.asarray(start, np.uint64))
+        key = _mixed(key ^ np.uint64(digest(purpose)))
+        for word in words:
+            key = _mixed(key ^ np.asarray(word).astype(np.uint64))
     return key
 
 

@@ -553,8 +553,7 @@ class Server:
         if isinstance(groups, Tensor):
             return KeyedDraws(seeds, "downlink", k, device, device=place)
         if len(number) not in self._ahead:
-            width = self.model.shape[1]
-            self._ahead[len(number)] = RoundDraws(seeds, "downlink", device, width, place)
+            self._ahead[len(number)] = RoundDraws(seeds, "downlink", device, place)
         return self._ahead[len(number)].at(k)
 
 

@@ -11,13 +11,15 @@ name                                       needed because
 ``validate_message_reply_consistency``     refuses replies that cannot be averaged
 ``TypedDict._data``                        a record checks each value as it is set, which costs an
                                            asynchronous server more than its own arithmetic
+``Message.__dict__``,                      instructions of a round differ in their receiver
+``Metadata.__dict__``                      alone; the constructor checks each argument, every time
 =========================================  =========================================================
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import (
     aggregate_metricrecords,
     sample_nodes,
@@ -28,6 +30,7 @@ from flwr.supercore import log
 __all__ = [
     "aggregate_metricrecords",
     "fill",
+    "instructions",
     "log",
     "sample_nodes",
     "validate_message_reply_consistency",
@@ -40,3 +43,21 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
     """Put values of the right types into a record without checking each; return it."""
     record.__dict__["_data"].update(values)
     return record
+
+
+def instructions(
+    message_type: str, contents: Sequence[RecordDict], nodes: Sequence[int]
+) -> list[Message]:
+    """Return ``Message(content, node, message_type)`` for each content and node."""
+    messages: list[Message] = []
+    first: dict[str, Any] = {}
+    for content, node in zip(contents, nodes, strict=True):
+        if "_dst_node_id" not in first:
+            messages.append(Message(content, node, message_type))
+            first = messages[-1].metadata.__dict__
+            continue
+        metadata, message = Metadata.__new__(Metadata), Message.__new__(Message)
+        metadata.__dict__.update(first, _dst_node_id=node)
+        message.__dict__.update(_metadata=metadata, _content=content, _error=None)
+        messages.append(message)
+    return messages

@@ -125,11 +125,16 @@ class Packed:
     @cached_property
     def sizes(self) -> IntArray:
         """Bytes of each row's message, shape (n,)."""
-        total = torch.zeros((), dtype=torch.int64)
+        total = np.zeros(len(self.values), np.int64)
         for run, codes in self._parts:
-            n_bytes = (self._used.bits(codes, run.size) + 7) >> 3
-            total = total + (n_bytes if run.count == 1 else n_bytes.view(-1, run.count).sum(1))
-        return total.cpu().numpy()
+            n_bytes = (self._used.bits(codes, run.size).cpu().numpy() + 7) >> 3
+            total += n_bytes if run.count == 1 else n_bytes.reshape(-1, run.count).sum(1)
+        return total
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int]]:
+        """Shape of each row's message as an array of bytes."""
+        return [(size,) for size in self.sizes.tolist()]
 
     def encode(self, row: int) -> bytes:
         """Return the message of a row: its blocks in order, each padded to a whole byte."""
@@ -241,7 +246,7 @@ class EncodedArray(Array):
             packed=packed,
             row=row,
             dtype="uint8",
-            shape=(int(packed.sizes[row]),),
+            shape=packed._shapes[row],
             stype="numpy.ndarray",
         )
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from typing import Any, ClassVar, Protocol
 
@@ -46,9 +47,11 @@ __all__ = [
 Tensors = dict[str, Tensor]
 ROUNDS = 1 << 32  # rounds are below; its multiples tell apart the draws of work that is repeated
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_STEP, _FIRST, _SECOND = np.uint64(_GOLDEN), np.uint64(_MIX_1), np.uint64(_MIX_2)
+_30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _ROUND = "-round"  # of the instruction that a state was made by
-_BLOCK = 1 << 15  # elements of a row hashed at a time: they stay in the cache
-_AHEAD = 1 << 17  # numbers drawn at a time for rounds to come
+_BLOCK = 1 << 15  # numbers hashed at a time: they stay in the cache
+_AHEAD = 1 << 16  # numbers drawn at a time for rounds to come
 
 
 class Draws(Protocol):
@@ -76,26 +79,36 @@ class KeyedDraws:
         They broadcast to shape (n,).
     device : torch.device
         Where the numbers are wanted.
+    first_call : int
+        How many calls to leave out.
     """
 
     def __init__(
-        self, seed: ArrayLike, purpose: str, *words: ArrayLike, device: torch.device | str = "cpu"
+        self,
+        seed: ArrayLike,
+        purpose: str,
+        *words: ArrayLike,
+        device: torch.device | str = "cpu",
+        first_call: int = 0,
     ) -> None:
-        name = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "big")
-        key = np.atleast_1d(_mixed(np.asarray(seed).astype(np.uint64) ^ np.uint64(name)))
-        for word in words:
-            key = _mixed(key ^ np.asarray(word).astype(np.uint64))
+        with np.errstate(over="ignore"):
+            key = np.atleast_1d(_mixed(np.asarray(seed).astype(np.uint64) ^ _digest(purpose)))
+            for word in words:
+                key = _mixed(key ^ np.asarray(word).astype(np.uint64))
         self._key: NDArray[np.uint64] = key
-        self._calls = 0
+        self._calls = first_call
         self._device = device
+        self._on_cpu = torch.device(device).type == "cpu"
 
     def __call__(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
         """Return a tensor ``(n, *shape)``; float32 has 24 random bits, float64 53."""
         key = _mixed(self._key ^ np.uint64(self._calls)) if self._calls else self._key
         self._calls += 1
         width = math.prod(shape)
-        first = torch.from_numpy(key.view(np.int64)).to(self._device)[:, None]
         bits = 53 if dtype == torch.float64 else 24
+        if self._on_cpu:
+            return _drawn(key, width, bits).to(dtype).view(len(key), *shape)
+        first = torch.from_numpy(key.view(np.int64)).to(self._device)[:, None]
         out = torch.empty((len(key), width), dtype=dtype, device=self._device)
         for start in range(0, width, _BLOCK):
             stop = min(start + _BLOCK, width)
@@ -108,6 +121,23 @@ class KeyedDraws:
         return out.mul_(2.0**-bits).view(len(key), *shape)
 
 
+def _drawn(key: NDArray[np.uint64], width: int, bits: int) -> Tensor:
+    """Return uniform numbers of so many bits, (n, width), made in parts that stay in the cache."""
+    out = np.empty((len(key), width), np.float64 if bits > 24 else np.float32)
+    step = max(1, _BLOCK // max(1, len(key)))
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        z = np.arange(start + 1, stop + 1, dtype=np.uint64) * _STEP + key[:, None]
+        z ^= z >> _30
+        z *= _FIRST
+        z ^= z >> _27
+        z *= _SECOND
+        z ^= z >> _31
+        z >>= np.uint64(64 - bits)
+        np.multiply(z.view(np.int64), 2.0**-bits, out=out[:, start:stop], casting="same_kind")
+    return torch.from_numpy(out)
+
+
 class RoundDraws:
     """The `KeyedDraws` of the same rows in round after round, many rounds in one go.
 
@@ -117,8 +147,6 @@ class RoundDraws:
     purpose : str
     device : ndarray of int, shape (n,)
         The word after the round.
-    width : int
-        Numbers drawn for a row and round, roughly: it says how many rounds are made at a time.
     place : torch.device
         Where the numbers are wanted.
     """
@@ -128,33 +156,63 @@ class RoundDraws:
         seed: NDArray[np.int64],
         purpose: str,
         device: NDArray[np.int64],
-        width: int,
         place: torch.device | str = "cpu",
     ) -> None:
         self._seed, self._purpose, self._device, self._place = seed, purpose, device, place
-        self._rounds = _AHEAD // (len(seed) * width)
-        self._first = -1 - self._rounds
-        self._drawn: list[Tensor] = []  # of each call in a round, (rounds, n, *shape)
+        self._drawn: dict[int, tuple[int, Tensor]] = {}  # call → first round, (rounds, n, *shape)
 
     def at(self, k: int) -> Draws:
-        """Return the draws of round k; every round asks for the same shapes, one after another."""
-        if self._rounds < 2:
-            return KeyedDraws(self._seed, self._purpose, k, self._device, device=self._place)
-        n, rounds = len(self._seed), self._rounds
-        if not self._first <= k < self._first + rounds:
-            each = np.arange(k, k + rounds).repeat(n)
-            seed, device = np.tile(self._seed, rounds), np.tile(self._device, rounds)
-            self._keyed = KeyedDraws(seed, self._purpose, each, device, device=self._place)
-            self._first, self._drawn = k, []
-        slot, calls = k - self._first, count()
+        """Return the draws of round k."""
+        calls = count()
 
         def draws(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
             call = next(calls)
-            if call == len(self._drawn):
-                self._drawn.append(self._keyed(shape, dtype).view(rounds, n, *shape))
-            return self._drawn[call][slot]
+            first, drawn = self._drawn.get(call, (k, None))
+            is_there = drawn is not None and k - first in range(len(drawn))
+            if drawn is None or not is_there or (drawn.shape[2:], drawn.dtype) != (shape, dtype):
+                first, drawn = k, self._draw(k, call, shape, dtype)
+                self._drawn[call] = k, drawn
+            return drawn[k - first]
 
         return draws
+
+    def _draw(self, k: int, call: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return call number `call` of round k and, if it is a small one, of some that follow."""
+        n = len(self._seed)
+        rounds = max(1, _AHEAD // (n * math.prod(shape) or 1))
+        each = np.arange(k, k + rounds).repeat(n)
+        seed, device = np.tile(self._seed, rounds), np.tile(self._device, rounds)
+        keyed = KeyedDraws(seed, self._purpose, each, device, device=self._place, first_call=call)
+        return keyed(shape, dtype).view(rounds, n, *shape)
+
+
+class DrawsAhead:
+    """The draws of a half: of rounds to come, too, where the same devices work round after round.
+
+    It holds nothing but what could be drawn again; copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        # Devices and round of the last draws; where it came after the one before, what is ahead.
+        self._last: tuple[NDArray[np.int64], int, RoundDraws | None] | None = None
+
+    def __reduce__(self) -> tuple[type["DrawsAhead"], tuple[()]]:
+        return DrawsAhead, ()
+
+    def of(
+        self, seed: int, purpose: str, rounds: ArrayLike, devices: ArrayLike, place: Any
+    ) -> Draws:
+        """Return ``KeyedDraws(seed, purpose, rounds, devices, device=place)``, or its equal."""
+        number, device = np.asarray(rounds), np.asarray(devices)
+        if device.ndim != 1 or not len(device) or (number != (k := number.flat[0])).any():
+            return KeyedDraws(seed, purpose, rounds, devices, device=place)
+        last = self._last
+        if last is None or last[1] + 1 != k or not np.array_equal(last[0], device):
+            self._last = device, int(k), None
+            return KeyedDraws(seed, purpose, rounds, devices, device=place)
+        ahead = last[2] or RoundDraws(np.full(len(device), seed), purpose, device, place)
+        self._last = device, int(k), ahead
+        return ahead.at(int(k))
 
 
 def _signed(value: int) -> int:
@@ -167,11 +225,17 @@ def _shifted(z: Tensor, n: int) -> Tensor:
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        z = values + np.uint64(_GOLDEN)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-        return np.asarray(z ^ (z >> np.uint64(31)))
+    z = np.asarray(values + _STEP)
+    z = (z ^ (z >> _30)) * _FIRST
+    z = (z ^ (z >> _27)) * _SECOND
+    return np.asarray(z ^ (z >> _31))
+
+
+@cache
+def _digest(purpose: str) -> np.uint64:
+    return np.uint64(
+        int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "big")
+    )
 
 
 @dataclass(frozen=True)
@@ -229,13 +293,14 @@ class DeviceHalf:
     """
 
     seed: int = 0
+    _ahead: DrawsAhead = field(default_factory=DrawsAhead, init=False, repr=False, compare=False)
     name: ClassVar[str] = "half"
     goes_round_mods: ClassVar[bool] = False
     completes_models: ClassVar[bool] = False
 
     def draws(self, rounds: ArrayLike, devices: ArrayLike, device: Any = "cpu") -> Draws:
         """Return the draws of these devices in these rounds."""
-        return KeyedDraws(self.seed, self.name, rounds, devices, device=device)
+        return self._ahead.of(self.seed, self.name, rounds, devices, device)
 
     def as_mod(self) -> Callable[[Message, Context, ClientAppCallable], Message]:
         """Return the half as a Flower client mod; see `as_mod`."""

@@ -8,6 +8,7 @@ of messages in it (``model-version``): the server moves on when it sends, and se
 whatever it has not confirmed, or everything in full where that is shorter.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -40,7 +42,7 @@ from strategies.bidirectional import (
     upload,
 )
 from strategies.common import RowArray
-from strategies.compat import sample_nodes
+from strategies.compat import fill, instructions, sample_nodes
 from strategies.compression import EncodedArray, Identity, Packed, compressor, pack
 from strategies.halves import DeviceHalf, Draws, Payload, Tensors, stacked
 from strategies.rows import decoded_rows, flat, shaped, sizes_of
@@ -108,7 +110,7 @@ class CompressedSGDHalf(DeviceHalf):
         base = int(config["model-version"])
         if dense:
             model = held = flat(dense)
-            seen = torch.full((len(held),), base)
+            seen = [base] * len(held)
             velocity = arrays.get(f"{_MESSAGES}/velocity")
             if velocity is None and scheme.momentum:
                 velocity = torch.zeros_like(held)
@@ -120,24 +122,24 @@ class CompressedSGDHalf(DeviceHalf):
             if not template:
                 raise ValueError("a message came to a device that was never sent a model")
             model = held = flat(template)
-            seen, velocity = state["seen"], state.get("velocity")
+            seen, velocity = state["seen"].tolist(), state.get("velocity")
         steps = config.get("steps", [])
         if steps:
             rate = scheme.rate_down(scheme.blocks(sizes_of(template)), held)
             model, held, velocity = self._follow(
-                arrays, seen - base, held, velocity, steps, rate, model
+                arrays, [n - base for n in seen], held, velocity, steps, rate, model
             )
         for key, value in shaped(held, template).items():
             state[_MODEL + key] = value
         if velocity is not None:
             state["velocity"] = velocity
-        state["seen"] = torch.maximum(seen, torch.full_like(seen, base + len(steps)))
+        state["seen"] = torch.tensor([max(n, base + len(steps)) for n in seen])
         return shaped(model, template), state
 
     def _follow(
         self,
         arrays: Tensors,
-        n_seen: Tensor,
+        n_seen: Sequence[int],
         held: Tensor,
         velocity: Tensor | None,
         steps: Sequence[float],
@@ -148,10 +150,10 @@ class CompressedSGDHalf(DeviceHalf):
         for j, step in enumerate(steps):
             message = arrays[f"{_MESSAGES}/{j}"]
             new, moved, faster = catch_up(self.scheme, rate, held, velocity, message, step)
-            is_new = (n_seen <= j)[:, None].to(held.device)
-            if is_new.all():
+            if max(n_seen) <= j:
                 model, held, velocity = new, moved, faster
                 continue
+            is_new = torch.tensor([[n <= j] for n in n_seen], device=held.device)
             model = torch.where(is_new, new, model)
             held = torch.where(is_new, moved, held)
             if velocity is not None and faster is not None:
@@ -200,15 +202,15 @@ class CompressedSGDHalf(DeviceHalf):
             return {name: torch.zeros_like(like) for name in names}
         if "version" not in state:
             raise ValueError(f"the server holds version {version} of a memory that is not here")
-        behind = state["version"] - version
-        if bool((behind == 0).all()):
+        own = state["version"].tolist()
+        if set(own) == {version}:
             return {name: state[name] for name in names}
-        if bool(((behind != 0) & (behind != 1)).any()):
+        if not set(own) <= {version, version + 1}:
             raise ValueError(
-                f"the server holds version {version} of a memory, a device has "
-                f"{state['version'].tolist()} and the one before"
+                f"the server holds version {version} of a memory, a device has {own} and the one "
+                "before"
             )
-        is_last = (behind == 0)[:, None].to(like.device)
+        is_last = torch.tensor([[each == version] for each in own], device=like.device)
         return {n: torch.where(is_last, state[n], state[f"{n}_before"]) for n in names}
 
 
@@ -353,6 +355,7 @@ class CompressedSGD(flower.FedAvg):
         self._pending: dict[int, int] = {}
         self._n_available = 0
         self._plain: ArrayRecord | None = None  # the model that all are sent in a round
+        self._configs: dict[Any, ConfigRecord] = {}  # those of a round, by their values
         self._participants = participants
         self._is_nearest = rounding == "nearest"
         self.device_halves = (
@@ -382,25 +385,23 @@ class CompressedSGD(flower.FedAvg):
         chosen = self._choose(server_round, available)
         if self.scheme.downlink == "model" and server_round > 1:
             self._send_models(server_round, chosen)
-        common = ConfigRecord(dict(config))
+        common = dict(config)
         common["server-round"], common["mode"] = server_round, "gradient"
         if self.scheme.up_feedback:
             common["feedback"] = self.scheme.coefficient(self.step, server_round)
-        contents: dict[tuple[int, ...], RecordDict] = {}
-        messages = []
-        self._pending = {}
+        made: dict[tuple[int, ...], RecordDict] = {}
+        contents = []
+        self._pending, self._configs = {}, {}
         for node in chosen:
             row = self._rows[node]
             group = self._group(row)
             key = (group, self._seen[row], self._versions[row], row % len(self.scheme.up))
-            if key not in contents:
-                contents[key] = self._content(common, *key)
+            if key not in made:
+                made[key] = self._content(common, *key)
+            contents.append(made[key])
             self._pending[node] = self._sent_versions.get(group, 0)
-            messages.append(
-                Message(content=contents[key], message_type=MessageType.TRAIN, dst_node_id=node)
-            )
         self._dense_before.clear()
-        return messages
+        return instructions(MessageType.TRAIN, contents, chosen)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -424,19 +425,20 @@ class CompressedSGD(flower.FedAvg):
         if not valid:
             return None, None
         nodes = sorted(valid, key=self._rows.__getitem__)
-        rows = torch.tensor([self._rows[node] for node in nodes])
-        records = [self._gradient_record(valid[node]) for node in nodes]
-        sent = self._decode(nodes, records, server)
+        numbers = [self._rows[node] for node in nodes]
+        contents = [valid[node].content for node in nodes]
+        sent = self._decode(numbers, _messages_in(nodes, contents), server)
         divisor = float(len(nodes))
         if self.participation < 1:
             share = len(nodes) / len(self._pending)
             divisor = self.participation * self._n_available * (share if share < 1 else 1)
         whole = len(nodes) == server.memory.shape[1] if server.memory.shape[1] > 1 else False
-        ghat = server.estimate(sent[None], slice(None) if whole else rows, divisor, len(self._rows))
-        for node in nodes:
-            self._versions[self._rows[node]] += 1
-            self._seen[self._rows[node]] = self._pending[node]
-        self._prune(rows.tolist())
+        rows = slice(None) if whole else torch.tensor(numbers)
+        ghat = server.estimate(sent[None], rows, divisor, len(self._rows))
+        for node, row in zip(nodes, numbers, strict=True):
+            self._versions[row] += 1
+            self._seen[row] = self._pending[node]
+        self._prune(numbers)
         self._pending = {}
         message_out = server.update(ghat, server_round)
         if message_out is not None:
@@ -447,9 +449,7 @@ class CompressedSGD(flower.FedAvg):
             self._mean = self._mean + (model - self._mean) / (server_round + 1)
             model = self._mean
         metrics = MetricRecord()
-        said = [r for m in valid.values() for r in m.content.values()]
-        found = [r for r in said if isinstance(r, MetricRecord)]
-        if losses := [record["train_loss"] for record in found if "train_loss" in record]:
+        if losses := _losses_in(contents):
             metrics["train_loss"] = float(np.mean(losses))
         return self._record(model), metrics
 
@@ -531,12 +531,12 @@ class CompressedSGD(flower.FedAvg):
                 del log[0]
 
     def _content(
-        self, common: ConfigRecord, group: int, seen: int, version: int, choice: int
+        self, common: Mapping[str, Any], group: int, seen: int, version: int, choice: int
     ) -> RecordDict:
         """Return the instruction of all devices that are alike in these respects."""
         server, scheme = self.server, self.scheme
         assert server is not None
-        config = common.copy()
+        config = dict(common)
         config["memory-version"] = version
         if version == 0 and scheme.begins_with_gradient and self.correction == "pp1":
             config["first-gradient"] = True
@@ -544,10 +544,10 @@ class CompressedSGD(flower.FedAvg):
             config["compressor"] = choice
         if scheme.downlink in ("plain", "ghost"):
             self._plain = self._plain or self._record(server.sent[0])
-            return RecordDict({"arrays": self._plain, "config": config})
-        content = RecordDict()
+            return RecordDict({"arrays": self._plain, "config": self._shared(config)})
+        content: dict[str, ArrayRecord | ConfigRecord] = {}
         current = self._sent_versions.get(group, 0)
-        messages = ArrayRecord()
+        messages: dict[str, Array] = {}
         missed = [m for m in self._logs.get(group, []) if m.version > seen]
         is_known = seen >= 0 and len(missed) == current - seen
         last = missed[-1:] if scheme.downlink == "model" else []
@@ -571,9 +571,17 @@ class CompressedSGD(flower.FedAvg):
         for j, logged in enumerate(missed):
             messages[str(j)] = logged.array
         if messages:
-            content[_MESSAGES] = messages
-        content["config"] = config
-        return content
+            content[_MESSAGES] = fill(ArrayRecord(), messages)
+        content["config"] = self._shared(config)
+        return fill(RecordDict(), content)
+
+    def _shared(self, config: dict[str, Any]) -> ConfigRecord:
+        """Return a config as a record: one for all instructions of a round with the same."""
+        values = (tuple(v) if isinstance(v, list) else v for v in config.values())
+        key = (*config, *values)
+        if key not in self._configs:
+            self._configs[key] = ConfigRecord(config)
+        return self._configs[key]
 
     def _record(self, model: Tensor) -> ArrayRecord:
         """Return a model (P,) as Flower arrays; what is not floating-point as it began."""
@@ -605,46 +613,55 @@ class CompressedSGD(flower.FedAvg):
             self.server.memory = torch.zeros_like(self.server.memory)
             self._versions = [0] * len(self._versions)
 
-    def _gradient_record(self, message: Message) -> ArrayRecord:
-        content = message.content
-        if "gradients" not in content:
-            raise ValueError(
-                f"node {message.metadata.src_node_id} replied with {sorted(content)}, not with "
-                "'gradients': its app ignored the config's mode 'gradient'"
-            )
-        applied: Any = content.get("applied", {"halves": []})
-        if CompressedSGDHalf.name not in applied["halves"]:
-            raise ValueError(
-                f"node {message.metadata.src_node_id} did not apply the half "
-                f"{CompressedSGDHalf.name!r}: ClientApp(mods=[as_mod(strategy.device_halves[0])])"
-            )
-        gradients: Any = content["gradients"]
-        return gradients  # type: ignore[no-any-return]
-
-    def _decode(
-        self, nodes: Sequence[int], records: Sequence[ArrayRecord], server: Server
-    ) -> Tensor:
+    def _decode(self, rows: Sequence[int], arrays: Sequence[Array], server: Server) -> Tensor:
         """Return Q_i (n, P) of the replies; first gradients become memories, and zero here."""
         scheme, model = self.scheme, server.model
-        rows = [self._rows[node] for node in nodes]
-        arrays = [record["message"] for record in records]
-        is_first = np.zeros(len(nodes), bool)
-        if scheme.begins_with_gradient and self.correction == "pp1":
-            is_first = np.array([self._versions[row] == 0 for row in rows])
-        choices = np.where(is_first, -1, np.array(rows) % len(scheme.up))
+        is_first = scheme.begins_with_gradient and self.correction == "pp1"
+        places: dict[int, list[int]] = defaultdict(list)  # of each compressor; -1: none
+        for i, row in enumerate(rows):
+            places[-1 if is_first and self._versions[row] == 0 else row % len(scheme.up)].append(i)
         sent = None
-        for choice in np.unique(choices):
-            which = np.flatnonzero(choices == choice)
+        for choice, which in sorted(places.items()):
             used = Identity() if choice < 0 else scheme.up[choice]
-            column = [arrays[i] for i in which]
             blocks = scheme.blocks(self._tensors)
+            column = [arrays[i] for i in which]
             values = decoded_rows(column, used, blocks, model.dtype).to(model.device)
             if choice < 0:
                 server.start_memory(torch.tensor([rows[i] for i in which]), values[None])
                 values = torch.zeros_like(values)
-            if len(which) == len(nodes):
+            if len(which) == len(rows):
                 return values
-            sent = model.new_zeros((len(nodes), model.shape[1])) if sent is None else sent
-            sent[torch.from_numpy(which)] = values
+            sent = model.new_zeros((len(rows), model.shape[1])) if sent is None else sent
+            sent[torch.tensor(which)] = values
         assert sent is not None
         return sent
+
+
+def _messages_in(nodes: Sequence[int], contents: Sequence[RecordDict]) -> list[Array]:
+    """Return the compressed gradients in replies, which must have some."""
+    arrays = []
+    proven: Any = None  # replies of one batch share the record of what was applied
+    for node, content in zip(nodes, contents, strict=True):
+        if "gradients" not in content:
+            raise ValueError(
+                f"node {node} replied with {sorted(content)}, not with 'gradients': its app "
+                "ignored the config's mode 'gradient'"
+            )
+        applied: Any = content.get("applied", {"halves": []})
+        if applied is not proven and CompressedSGDHalf.name not in applied["halves"]:
+            raise ValueError(
+                f"node {node} did not apply the half {CompressedSGDHalf.name!r}: "
+                "ClientApp(mods=[as_mod(strategy.device_halves[0])])"
+            )
+        proven = applied
+        gradients: Any = content["gradients"]
+        arrays.append(gradients["message"])
+    return arrays
+
+
+def _losses_in(contents: Sequence[RecordDict]) -> list[float]:
+    """Return the training losses that replies report."""
+    names = (name for name, r in contents[0].items() if isinstance(r, MetricRecord))
+    name = next(names, "metrics")
+    records: list[Any] = [content.get(name, {}) for content in contents]
+    return [record["train_loss"] for record in records if "train_loss" in record]

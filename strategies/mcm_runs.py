@@ -150,6 +150,7 @@ class _Devices:
         groups = scheme.groups or n_devices
         number = np.arange(self.runs)[:, None] * groups + np.arange(n_devices) % groups
         self.message_of = number  # row of the message that each device of each run is sent
+        self.message_rows = torch.from_numpy(number.ravel())
         self.rate_down = scheme.rate_down(server.blocks, rows)
         keeps = scheme.downlink == "model" and not scheme.moves_down_memory
         self.held = torch.zeros_like(rows) if keeps else rows
@@ -167,8 +168,7 @@ class _Devices:
         is_all = n_choices == 1
         rows = slice(None) if is_all else np.flatnonzero(device % n_choices == choice)
         rate = self.scheme.rate_up(choice, self.server.blocks, self.model)
-        width, place = self.model.shape[1], self.model.device
-        draws = RoundDraws(seed[rows], "mcm", device[rows], width, place)
+        draws = RoundDraws(seed[rows], "mcm", device[rows], self.model.device)
         return _Uplink(self.scheme.up[choice], rows, rate, draws)
 
     def run(self, rounds: int, observe: Callable[[int, Server], bool | None]) -> Run:
@@ -218,7 +218,7 @@ class _Devices:
         packed = server.send_model(k)
         messages = packed.values
         if scheme.groups:
-            messages = messages[torch.from_numpy(self.message_of.ravel())]
+            messages = messages[self.message_rows]
         model, moved, _ = catch_up(scheme, self.rate_down, self.held, None, messages, 0.0)
         if active.all():
             self.model, self.held = model, moved
@@ -260,7 +260,7 @@ class _Devices:
 
     def _upload(self, k: int, gradient: Tensor, active: BoolArray) -> tuple[Tensor, IntArray]:
         scheme = self.scheme
-        values = torch.empty_like(gradient)
+        values: Tensor | None = None
         sizes = np.zeros(len(gradient), np.int64)
         memory, error = self.memory, self.error
         coefficient = scheme.coefficient(self.server.step, k) if scheme.up_feedback else 0.0
@@ -276,7 +276,7 @@ class _Devices:
                 nearest if self.is_nearest else link.draws.at(k),
                 self.server.blocks,
             )
-            values[rows] = sent.values
+            values = _put(gradient if values is None else values, rows, sent.values)
             if self.counts:
                 sizes[rows] = sent.sizes
             self.memory = _put(self.memory, rows, moved)
@@ -287,6 +287,7 @@ class _Devices:
                 self.memory = torch.where(mask, self.memory, memory)
             if error is not None and self.error is not None:
                 self.error = torch.where(mask, self.error, error)
+        assert values is not None
         return values, sizes.reshape(self.shape)
 
 

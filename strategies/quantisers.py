@@ -20,10 +20,10 @@ from strategies.compressors import (
 from strategies.encodings import (
     BitReader,
     field_bits,
-    gaps,
+    is_small,
     join_bits,
     omega_codes,
-    omega_lengths,
+    sparse_bits,
 )
 from strategies.halves import Draws
 
@@ -69,15 +69,33 @@ class Quantise(Compressor):
     def compress(self, rows: Tensor, draws: Draws) -> tuple[Tensor, Codes]:
         """See `Compressor`."""
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        if is_small(rows):
+            return self._compress_small(rows, norm, draws(rows.shape[1:], rows.dtype))
         sent = norm if self.precision == "float64" else norm.float().to(rows.dtype)
-        safe = torch.where(norm == 0, 1.0, norm)
-        level = rows.abs().div_(safe)
+        least = torch.finfo(norm.dtype).smallest_normal * torch.finfo(norm.dtype).eps
+        level = rows.abs().div_(norm.clamp(min=least))  # of a zero row: zero
         if self.levels > 1:
             level.mul_(self.levels)
         level = level.add_(draws(rows.shape[1:], rows.dtype)).floor_()
         level = level.clamp_(max=self.levels).copysign_(rows)
         values = level * sent if self.levels == 1 else (level / self.levels).mul_(sent)
         return values, (level, sent[:, 0])
+
+    def _compress_small(self, rows: Tensor, norm: Tensor, drawn: Tensor) -> tuple[Tensor, Codes]:
+        """Do the same with numpy, whose calls are shorter."""
+        v, scale = rows.numpy(), norm.numpy()
+        with np.errstate(all="ignore"):  # a model that diverges is reported elsewhere
+            sent = scale if self.precision == "float64" else scale.astype("f4").astype(v.dtype)
+            level = np.abs(v)
+            level /= np.maximum(scale, np.finfo(v.dtype).smallest_subnormal)
+            if self.levels > 1:
+                level *= self.levels
+            level += np.asarray(drawn)
+            np.floor(level, out=level)
+            np.minimum(level, self.levels, out=level)
+            np.copysign(level, v, out=level)
+            values = level * sent if self.levels == 1 else level / self.levels * sent
+        return torch.from_numpy(values), (torch.from_numpy(level), torch.from_numpy(sent[:, 0]))
 
     def bits(self, codes: Codes, d: int) -> Tensor:
         """See `Compressor`."""
@@ -86,16 +104,8 @@ class Quantise(Compressor):
         if self.encoding == "dense":
             body = torch.full_like(norm, d * self._width, dtype=torch.int64)
         else:
-            row, gap, column = gaps(level)
-            each = omega_lengths(gap, d) + 1  # the sign
-            if self.levels == 1:
-                each += 1
-            else:
-                size = level[row, column].abs().long().clamp(1, self.levels)
-                each += omega_lengths(size, self.levels)
-            body = omega_lengths(torch.bincount(row, minlength=len(level)) + 1, d + 1)
-            body.index_add_(0, row, each)
-        return scale + torch.where(norm == 0, 0, body)
+            body = sparse_bits(level, 1, self.levels)  # of one bit: the sign
+        return body.masked_fill_(norm == 0, 0).add_(scale)
 
     def encode(self, codes: Codes, row: int) -> bytes:
         """See `Compressor`."""

@@ -1,5 +1,6 @@
 """Models as rows: named tensors side by side, and rows that travelled as encoded arrays."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,22 +40,25 @@ def decoded_rows(
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the floating-point tensors ``(n, *shape)`` side by side, (n, P)."""
-    parts = [v.reshape(len(v), -1) for v in tensors.values() if v.is_floating_point()]
+    found = [v for v in tensors.values() if v.is_floating_point()]
+    parts = [v if v.dim() == 2 else v.reshape(len(v), -1) for v in found]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def shaped(rows: Tensor, template: Mapping[str, Tensor]) -> Tensors:
     """Return rows (n, P) as named tensors; what is not floating-point as it is in `template`."""
-    sizes = sizes_of(template)
-    parts = iter(torch.split(rows, sizes, 1))
-    return {
-        key: next(parts).reshape(value.shape).to(value.dtype)
-        if value.is_floating_point()
-        else value
-        for key, value in template.items()
-    }
+    found = {}
+    start = 0
+    for key, value in template.items():
+        found[key] = value
+        if value.is_floating_point():
+            stop = start + math.prod(value.shape[1:])
+            part = rows if stop - start == rows.shape[1] else rows[:, start:stop]
+            part = part if part.shape == value.shape else part.reshape(value.shape)
+            found[key], start = part.to(value.dtype), stop
+    return found
 
 
 def sizes_of(tensors: Mapping[str, Tensor]) -> list[int]:
     """Return the elements of a row of each floating-point tensor ``(n, *shape)``."""
-    return [v[0].numel() for v in tensors.values() if v.is_floating_point()]
+    return [math.prod(v.shape[1:]) for v in tensors.values() if v.is_floating_point()]

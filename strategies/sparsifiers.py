@@ -17,7 +17,7 @@ from strategies.compressors import (
     check_precision,
     require,
 )
-from strategies.encodings import BitReader, gaps, join_bits, omega_codes, omega_lengths
+from strategies.encodings import BitReader, join_bits, omega_codes, sparse_bits
 from strategies.halves import Draws
 
 __all__ = ["RandomK", "Sparsify", "TopK"]
@@ -48,10 +48,7 @@ class _Subset(Compressor):
 
     def bits(self, codes: Codes, d: int) -> Tensor:
         """See `Compressor`."""
-        kept = codes[0]
-        row, gap, _ = gaps(kept)
-        body = omega_lengths(torch.bincount(row, minlength=len(kept)) + 1, d + 1)
-        return body.index_add_(0, row, omega_lengths(gap, d) + 8 * FLOATS[self.precision].itemsize)
+        return sparse_bits(codes[0], 8 * FLOATS[self.precision].itemsize)
 
     def encode(self, codes: Codes, row: int) -> bytes:
         """See `Compressor`."""

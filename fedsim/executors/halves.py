@@ -355,11 +355,11 @@ class _Batch:
                 for key, value in work.items()
             }
             records: dict[str, Any] = {
-                self.name: compat.fill(LazyArrayRecord(), arrays),
-                "metrics": compat.fill(MetricRecord(), metrics),
+                self.name: compat.record_of(LazyArrayRecord, arrays),
+                "metrics": compat.record_of(MetricRecord, metrics),
                 "applied": applied,
             }
-            replies.append(compat.fill(RecordDict(), records))
+            replies.append(compat.record_of(RecordDict, records))
         return replies
 
 

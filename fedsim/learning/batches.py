@@ -17,6 +17,8 @@ __all__ = ["Batches", "first_batches", "make_batches"]
 
 IntArray = NDArray[np.int64]
 _SEGMENT_BITS = 20
+_RANKS = np.uint64((1 << _SEGMENT_BITS) - 1)
+_BLOCK = 1 << 15  # keys of samples hashed at a time: they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +151,20 @@ def first_batches(
         shape = np.broadcast_shapes(np.shape(seed), rounds.shape, devices.shape)
         return np.broadcast_to(np.arange(size), (*shape, size))
     key = bits(seed, "sample-order", rounds, 0, devices)
-    rank = np.arange(size, dtype=np.uint64)
-    # As `_sort_within` does: by the upper bits of the hash, then by rank.
-    drawn = mix64(key[..., None] ^ rank) >> np.uint64(_SEGMENT_BITS) << np.uint64(_SEGMENT_BITS)
-    drawn |= rank
-    if batch == 1:
-        first = drawn.min(-1, keepdims=True)
-    else:
-        first = np.sort(np.partition(drawn, batch - 1, axis=-1)[..., :batch], axis=-1)
-    position: IntArray = (first & np.uint64((1 << _SEGMENT_BITS) - 1)).astype(np.int64)
-    return position
+    flat, rank = key.reshape(-1, 1), np.arange(size, dtype=np.uint64)
+    first = np.empty((len(flat), batch), np.uint64)
+    step = max(1, _BLOCK // size)
+    for start in range(0, len(flat), step):
+        # As `_sort_within` does: by the upper bits of the hash, then by rank.
+        drawn = mix64(flat[start : start + step] ^ rank)
+        drawn &= ~_RANKS
+        drawn |= rank
+        if batch == 1:
+            drawn.min(-1, out=first[start : start + step, 0])
+        else:
+            drawn.partition(batch - 1, axis=-1)
+            first[start : start + step] = np.sort(drawn[:, :batch], axis=-1)
+    return (first & _RANKS).astype(np.int64).reshape(*key.shape, batch)
 
 
 def _within(lengths: IntArray) -> IntArray:

@@ -43,6 +43,7 @@ Engine = Literal["auto", "linear", "vmap", "loop"]
 # long as a model's weights and gradient stay in the cache. Recurrent layers cannot be mapped there.
 _MAPPED_FLOPS, _MAPPED_BYTES = 25_000_000, 400_000
 _NO_TERMS = LocalTerms()
+_NO_KEYS = torch.zeros(0, dtype=torch.int64)
 _MAP_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
@@ -270,7 +271,11 @@ class Trainer:
                 torch.cuda.empty_cache()
                 continue
             loss[rows] = losses
-            self._hand_over(work, rows, done, params, collect)
+            is_whole = collect is None and self.attacks is None and _is_range(rows, k)
+            if is_whole and isinstance(done, Tensor):
+                params = done
+            else:
+                self._hand_over(work, rows, done, params, collect)
             first += len(rows)
         return LocalResult(params, loss, work.size, work.steps)
 
@@ -456,31 +461,36 @@ class Trainer:
         versions = work.base_rows[rows]
         is_gradient = config.mode == "gradient"
         shared = is_gradient and bool((versions == versions[0]).all())
-        state = stack.gather(work.base, versions[:1] if shared else versions)
+        if is_gradient and isinstance(kernel, LinearKernel) and _is_range(versions, len(work.base)):
+            state = stack.views(work.base)  # nothing is ever written to
+        else:
+            state = stack.gather(work.base, versions[:1] if shared else versions)
         stack.module.train()
         kernel.bind(state, shared=shared)
         updater = self._updater(work, rows, [state[name] for name in self.layout.parameters])
         index = torch.from_numpy(batches.index).to(device)
         weights = torch.from_numpy(batches.weight).to(device, stack.dtype)
         labels = work.y.index_select(0, index)
-        keys = torch.zeros(1, 1, dtype=torch.int64).expand(len(batches.active), len(rows))
+        keys = _NO_KEYS
         if kernel.draws:
-            keys = self._keys(work, rows, len(batches.active))
-        keys = keys.to(device)
+            keys = self._keys(work, rows, len(batches.active)).to(device)
         extra = {n: v[torch.from_numpy(rows)].to(device) for n, v in work.terms.rows.items()}
-        losses = torch.zeros(len(rows), dtype=stack.dtype, device=device)
+        losses = torch.empty(0)
         width = batches.width
         grads: list[Tensor] = []
         for t, (k, begin) in enumerate(
             zip(batches.active.tolist(), batches.offset.tolist(), strict=True)
         ):
-            part = slice(begin, begin + k * width)
-            x = stack.inputs(work.x.index_select(0, index[part]))
+            part, y, weight = index, labels, weights
+            if k * width < len(index):
+                step = slice(begin, begin + k * width)
+                part, y, weight = index[step], labels[step], weights[step]
+            x = stack.inputs(work.x.index_select(0, part))
             batch = Batch(
                 x.view(k, width, *x.shape[1:]),
-                labels[part].view(k, width, *labels.shape[1:]),
-                weights[part].view(k, width),
-                keys[t, :k],
+                y.view(k, width, *y.shape[1:]),
+                weight.view(k, width),
+                keys[t, :k] if kernel.draws else keys,
                 {name: value[:k] for name, value in extra.items()},
             )
             if isinstance(kernel, LinearKernel) and updater.is_plain and not is_gradient:
@@ -489,7 +499,10 @@ class Trainer:
                 grads, step_losses = kernel.gradients(batch)
                 if not is_gradient:
                     updater.step(k, grads)
-            losses[:k] += step_losses
+            if t == 0:  # every device makes one
+                losses = step_losses.to(stack.dtype)
+            else:
+                losses[:k].add_(step_losses)
         done = stack.gradient_matrix(grads) if is_gradient else state
         return done, _numbers(losses) / work.steps[rows]
 
@@ -635,6 +648,11 @@ def _numbers(values: Tensor) -> FloatArray:
     """Bring results from wherever they are: the one place where a GPU is waited for."""
     numbers: FloatArray = values.double().cpu().numpy()
     return numbers
+
+
+def _is_range(rows: IntArray, n: int) -> bool:
+    """Return whether these are the rows 0..n-1, in order."""
+    return len(rows) == n and bool((rows == np.arange(n)).all())
 
 
 def _clamp(value: int, low: int, high: int) -> int:

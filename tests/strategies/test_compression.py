@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from strategies import encodings
 from strategies.compression import (
     COMPRESSORS,
     Cast,
@@ -26,7 +27,7 @@ from strategies.compression import (
     unpack,
 )
 from strategies.encodings import BitReader, join_bits, omega_codes, omega_lengths
-from strategies.halves import KeyedDraws
+from strategies.halves import DeviceHalf, KeyedDraws, RoundDraws
 
 VECTORS = json.loads(
     (Path(__file__).parents[2] / "fedsim/reference/encoding_vectors.json").read_text()
@@ -226,6 +227,49 @@ def test_every_compressor_can_be_named():
     for name, kind in COMPRESSORS.items():
         spec = {"kind": name} | ({"fraction": 0.5} if "_k" in name else {})
         assert isinstance(compressor(spec), kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("used", ALL, ids=str)
+def test_few_numbers_are_compressed_and_weighed_as_many_are(used, dtype, monkeypatch):
+    v = torch.cat([normal(5, 41, dtype=dtype), torch.zeros(2, 41, dtype=dtype)])
+    v[0] *= 1e3
+    v[1, 7], v[2, 3] = 0.0, -0.0
+    found = []
+    for small in (1 << 16, 0):
+        monkeypatch.setattr(encodings, "_SMALL", small)
+        packed = pack(used, v, keyed(7), (41,))
+        found.append((packed.values, packed.sizes.tolist(), packed.encode(2)))
+    few, many = found
+    assert few[0].dtype == many[0].dtype == dtype
+    assert torch.equal(few[0], many[0])
+    assert few[1:] == many[1:]
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_are_not_finite_are_compressed_without_a_word():
+    v = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]])
+    for levels in (1, 3):
+        packed = pack(Quantise(levels=levels), v, keyed(2))
+        assert not packed.values.isfinite().all(1).any()
+        assert (packed.sizes > 0).all()
+
+
+def test_draws_ahead_are_the_draws_of_each_round():
+    half, device = DeviceHalf(seed=5), np.array([3, 1, 7])
+    rounds = RoundDraws(np.full(3, 5), "half", device)
+    for k in (1, 2, 3, 4, 8, 9, 20_000, 20_001, 20_002, 20_003):
+        if k == 9:
+            device = np.array([1, 3, 7])  # others take part
+        each = [KeyedDraws(5, "half", np.full(3, k), device), half.draws(np.full(3, k), device)]
+        if k < 9:
+            each.append(rounds.at(k))
+        for shape, dtype in (((4,), torch.float64), ((k % 3, 2), torch.float32), ((), None)):
+            kind = {} if dtype is None else {"dtype": dtype}
+            expected, *others = [draws(shape, **kind) for draws in each]
+            assert all(torch.equal(expected, other) for other in others)
+            assert all(other.dtype == expected.dtype for other in others)
+    assert half == DeviceHalf(seed=5) == pickle.loads(pickle.dumps(half))
 
 
 def test_keyed_draws_are_named_and_uniform():

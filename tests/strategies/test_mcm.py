@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from strategies.bidirectional import SCHEMES
+from strategies.compat import instructions
 from strategies.mcm import CompressedSGD
+from tests.plain_grid import flower_identity
 from tests.strategies.least_squares_worlds import N, least_squares, make_world
 
 ALGORITHMS = sorted(SCHEMES)
@@ -203,3 +206,19 @@ def test_more_coordinates_than_the_model_has_are_refused():
     strategy = CompressedSGD(up={"kind": "top_k", "k": 7}, learning_rate=0.01)
     with pytest.raises(ValueError, match="k is 7, more than the 6 coordinates"):
         make_world(strategy).run(1)
+
+
+def test_instructions_of_a_round_are_those_that_flower_builds():
+    contents = [RecordDict({"config": ConfigRecord({"n": n})}) for n in range(3)]
+    with flower_identity(0):
+        made = instructions("train", contents, [1003, 1001, 1002])
+        plain = [Message(c, n, "train") for c, n in zip(contents, (1003, 1001, 1002), strict=True)]
+        assert instructions("train", [], []) == []
+    for message, other in zip(made, plain, strict=True):
+        mine, theirs = (dict(vars(m.metadata)) for m in (message, other))
+        assert mine.pop("_created_at") == pytest.approx(theirs.pop("_created_at"), abs=60)
+        assert mine == theirs
+        assert vars(message).keys() == vars(other).keys()
+        assert message.content is other.content
+        assert not message.has_error()
+        Message(RecordDict(), reply_to=message)
