@@ -223,13 +223,14 @@ class HalvesOfDevices:
         They have the same config, arrays and entries in their states.
         """
         groups: dict[Any, list[int]] = defaultdict(list)
-        structures: dict[int, Any] = {}  # many messages share one content, ...
+        structures: dict[int, Any] = {}  # many messages share one content, many contents one config
+        configs: dict[int, Any] = {}
         numbers: dict[Any, int] = {}
-        entries: dict[int, Any] = {}  # ... and many devices one batch of states
+        entries: dict[int, Any] = {}  # many devices share one batch of states
         for i in rows:
             meta, content = messages[i].metadata, messages[i].content
             if id(content) not in structures:
-                structure = _structure(content)
+                structure = _structure(content, configs)
                 structures[id(content)] = numbers.setdefault(structure, len(numbers))
             states, _ = self._states.get(meta.dst_node_id, _NO_STATES)
             if id(states) not in entries:
@@ -445,15 +446,20 @@ def _train(
                 row["local_steps"] = steps
 
 
-def _structure(content: RecordDict) -> Any:
-    """Return a content's config and the names of its arrays."""
-    return tuple(
-        (name, tuple(record))
-        if isinstance(record, ArrayRecord)
-        else (name, tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in record.items()))
-        for name, record in content.items()
-        if isinstance(record, ArrayRecord | ConfigRecord)
-    )
+def _structure(content: RecordDict, configs: dict[int, Any]) -> Any:
+    """Return a content's config and the names of its arrays; `configs` are known by their id."""
+    found: list[Any] = []
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            found.append((name, tuple(record.keys())))
+        elif isinstance(record, ConfigRecord):
+            if id(record) not in configs:
+                pairs = record.items()
+                configs[id(record)] = tuple(
+                    (k, tuple(v) if isinstance(v, list) else v) for k, v in pairs
+                )
+            found.append((name, configs[id(record)]))
+    return tuple(found)
 
 
 def _config(content: RecordDict) -> dict[str, Any]:

@@ -354,8 +354,8 @@ class WorkPlan:
         keys: dict[str, Any] = {}
         for name, record in compat.values_of(content).items():
             if isinstance(record, ConfigRecord) and name != _EXCHANGE:
-                asked_of = compat.values_of(record)
-                keys.update({k: asked_of[k] for k in _CONFIG_KEYS if k in asked_of})
+                pairs = compat.values_of(record).items()
+                keys.update((k, v) for k, v in pairs if k in _CONFIG_KEYS)
         if not keys:
             return self.defaults
         # With the types, since 1 and 1.0 are one key but not both a number of steps.

@@ -365,6 +365,7 @@ class Intake:
         self._keep_dtypes = keep_dtypes
         self._template: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._taken: dict[str, tuple[dict[str, Array], ArrayRecord, int]] = {}
+        self._copied: dict[str, tuple[dict[str, Any], Any]] = {}
 
     def __call__(self, content: RecordDict) -> tuple[RecordDict, int]:
         """Return a copy of a content, and its payload in bytes."""
@@ -375,17 +376,25 @@ class Intake:
                 records[name], weight = self._take(name, record, content)
                 size += weight
             else:
-                records[name] = record.copy()
+                records[name] = self._copy(name, record)
         copied = compat.record_of(RecordDict, records)
         return copied, size if self._is_dense else flower_bytes(copied)
+
+    def _copy(self, name: str, record: Any) -> Any:
+        """Return a copy of a config: what was made last, if it holds the very same values."""
+        values = compat.values_of(record)
+        given, copied = self._copied.get(name, ({}, None))
+        if copied is None or not _are_same(given, values):
+            copied = record.copy()
+            self._copied[name] = dict(values), copied
+        return copied
 
     def _take(self, name: str, record: ArrayRecord, content: RecordDict) -> tuple[ArrayRecord, int]:
         """Return the copy of a record of arrays, and its weight: what was made last, if it fits."""
         arrays = compat.values_of(record)
         if name in self._taken:
             given, copied, size = self._taken[name]
-            pairs = zip(given.items(), arrays.items(), strict=False)
-            if len(given) == len(arrays) and all(k == key and a is b for (k, a), (key, b) in pairs):
+            if _are_same(given, arrays):
                 return copied, size
         copied = record.copy()
         if self._keep_dtypes:
@@ -395,6 +404,12 @@ class Intake:
         size = sum(map(array_bytes, compat.values_of(copied).values()))
         self._taken[name] = dict(arrays), copied, size
         return copied, size
+
+
+def _are_same(given: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Return whether a record still has these very values, in this order."""
+    pairs = zip(given.items(), values.items(), strict=False)
+    return len(given) == len(values) and all(k == key and a is b for (k, a), (key, b) in pairs)
 
 
 def private_copy(content: RecordDict) -> RecordDict:
