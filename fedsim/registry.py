@@ -16,7 +16,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, is_dataclass
 from functools import partial
@@ -717,11 +717,35 @@ def problems_of(
         (*location[:-1], nearest(str(location[-1]), keys_at(location[:-1])))
         for location in (each["loc"] for each in found if each["type"] == "extra_forbidden")
     }
+    said: dict[tuple[str | int, ...], list[str]] = {}
+    unions = set()
+    for each in found:
+        if each["type"] == "missing" and each["loc"] in meant:
+            continue
+        place = tuple(part for part in each["loc"] if not _UNION_TAG.fullmatch(str(part)))
+        said.setdefault(place, []).append(_say(each, keys_at))
+        if place != each["loc"]:
+            unions.add(place)
     return [
-        Problem((*path, *each["loc"]), _say(each, keys_at))
-        for each in found
-        if not (each["type"] == "missing" and each["loc"] in meant)
+        Problem((*path, *place), _either(sentences))
+        for place, sentences in said.items()
+        if not (place in unions and any(_is_inside(other, place) for other in said))
     ]
+
+
+_UNION_TAG = re.compile(r"str|int|float|bool|none|(str|dict|list|tuple|union|literal)\[.*\]")
+"""What pydantic adds to the place of a value that may be of several types: the type it tried."""
+
+
+def _is_inside(other: tuple[str | int, ...], place: tuple[str | int, ...]) -> bool:
+    """Return whether something in the value at `place` is wrong: then only that is said of it."""
+    return len(other) > len(place) and other[: len(place)] == place
+
+
+def _either(sentences: Sequence[str]) -> str:
+    """Return one sentence for a value that is none of several things it should be."""
+    first, *others = dict.fromkeys(sentences)
+    return " or ".join([first, *(other.partition(" should be ")[2] or other for other in others)])
 
 
 def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Iterable[str]]) -> str:

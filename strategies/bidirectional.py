@@ -40,7 +40,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from strategies.compression import Compressor, Identity, Packed, Quantise, Sign, pack, runs_of
+from strategies.compression import (
+    Compressor,
+    Identity,
+    Packed,
+    Quantise,
+    Sign,
+    check_sizes,
+    pack,
+    runs_of,
+)
 from strategies.halves import Draws, KeyedDraws, RoundDraws
 
 __all__ = [
@@ -167,9 +176,8 @@ class Scheme:
 
     def check(self, tensors: Sequence[int]) -> None:
         """Raise a ValueError if tensors of these sizes cannot be compressed."""
-        for used in (*self.up, self.down):
-            for run in runs_of(used, self.blocks(tensors)):
-                used.check(run.size)
+        for name, used in (*(("up", each) for each in self.up), ("down", self.down)):
+            check_sizes(used, self.blocks(tensors), name)
 
     def rate_up(self, choice: int, blocks: Sequence[int], like: Tensor) -> Rate:
         """Return a_up for devices that use the compressor number `choice`."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from strategies.bidirectional import memory_rate, moves_memory
 from strategies.choco import ChocoSGD
 from strategies.common import row_records
-from strategies.compression import Cast, Compressor, Identity, Packed, compressor, pack, runs_of
+from strategies.compression import Cast, Compressor, Identity, Packed, check_sizes, compressor, pack
 from strategies.halves import DeviceHalf, Draws, KeyedDraws, Payload, Tensors
 from strategies.mcm import CompressedSGD
 from strategies.peers import PeerStrategy
@@ -80,9 +80,8 @@ class CompressionHalf(DeviceHalf):
 
     def check(self, sizes: Sequence[int]) -> None:
         """Raise a ValueError if tensors of these sizes cannot be compressed."""
-        for used in (self.up, self.down):
-            for run in runs_of(used, self.blocks(sizes)):
-                used.check(run.size)
+        for name, used in (("up", self.up), ("down", self.down)):
+            check_sizes(used, self.blocks(sizes), name)
 
     @property
     def has_reference(self) -> bool:
@@ -277,7 +276,7 @@ class Compressed(Strategy):
         if down_rate is not None and not 0 <= down_rate <= 1:
             raise ValueError(f"down_rate is {down_rate}; a rate must be between 0 and 1")
         self.strategy, self.seed = strategy, seed
-        encoder = Identity() if up is None else compressor(up)
+        encoder = Identity() if up is None else compressor(up, "up")
         if error_feedback is None:
             error_feedback = not (encoder.is_unbiased or isinstance(encoder, Cast))
         self._is_peer = isinstance(strategy, PeerStrategy)
@@ -285,7 +284,7 @@ class Compressed(Strategy):
         self.half = CompressionHalf(
             seed=seed,
             up=encoder,
-            down=Identity() if down is None else compressor(down),
+            down=Identity() if down is None else compressor(down, "down"),
             down_rate=down_rate,
             error_feedback=error_feedback and not encoder.is_exact,
             per_tensor=per_tensor,

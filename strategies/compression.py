@@ -7,8 +7,10 @@ to the last bit. What a compressor does is in `compressors`, `quantisers` and `s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +39,7 @@ __all__ = [
     "Sign",
     "Sparsify",
     "TopK",
+    "check_sizes",
     "compressor",
     "pack",
     "published_bits",
@@ -45,6 +48,14 @@ __all__ = [
 ]
 
 IntArray = NDArray[np.int64]
+_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = MappingProxyType(
+    {
+        "float": ("a number", (int, float)),
+        "int": ("a whole number", (int,)),
+        "bool": ("true or false", (bool,)),
+    }
+)
+"""Of a parameter: its type as annotated → in words, and as types of values."""
 
 COMPRESSORS: Mapping[str, type[Compressor]] = MappingProxyType(
     {
@@ -61,8 +72,14 @@ COMPRESSORS: Mapping[str, type[Compressor]] = MappingProxyType(
 """Name in a scenario → compressor."""
 
 
-def compressor(spec: str | Mapping[str, Any] | Compressor) -> Compressor:
+def compressor(spec: str | Mapping[str, Any] | Compressor, name: str = "") -> Compressor:
     """Return the compressor that a name, or a mapping with `kind` and parameters, stands for.
+
+    Parameters
+    ----------
+    spec : str, mapping or Compressor
+    name : str
+        Of the argument that it is given as, for messages.
 
     Raises
     ------
@@ -76,17 +93,38 @@ def compressor(spec: str | Mapping[str, Any] | Compressor) -> Compressor:
     """
     if isinstance(spec, Compressor):
         return spec
-    given: dict[str, Any] = {"kind": spec} if isinstance(spec, str) else dict(spec)
-    kind = str(given.pop("kind", None))
-    if kind not in COMPRESSORS:
-        raise ValueError(f"compressor {kind!r} is not one of {', '.join(COMPRESSORS)}")
-    valid = [each.name for each in fields(COMPRESSORS[kind])]
-    if unknown := sorted(set(given) - set(valid)):
-        raise ValueError(f"{kind} has no parameter {unknown[0]!r}; valid: {', '.join(valid)}")
     try:
-        return COMPRESSORS[kind](**given)
-    except TypeError as error:
-        raise ValueError(f"{kind}: {given} has a value of the wrong type ({error})") from error
+        return _compressor(spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from None
+
+
+def _compressor(spec: str | Mapping[str, Any]) -> Compressor:
+    given: dict[str, Any] = {"kind": spec} if isinstance(spec, str) else dict(spec)
+    kind = given.pop("kind", None)
+    if not isinstance(kind, str) or kind not in COMPRESSORS:
+        names = ", ".join(COMPRESSORS)
+        if kind is None:
+            raise ValueError(f"a compressor needs a kind, one of {names}")
+        raise ValueError(f"compressor {kind!r} is not one of {names}{_meant(kind, COMPRESSORS)}")
+    types = {each.name: str(each.type) for each in fields(COMPRESSORS[kind])}
+    for name, value in given.items():
+        if name not in types:
+            valid = ", ".join(types)
+            raise ValueError(
+                f"{kind} has no parameter {name!r}; valid: {valid}{_meant(name, types)}"
+            )
+        for word, (needed, of) in _TYPES.items():
+            is_other = value is None or not re.search(rf"\b{word}\b", types[name])
+            fits = isinstance(value, of) and isinstance(value, bool) == (bool in of)
+            if not (is_other or fits):
+                raise ValueError(f"{name} of {kind} is {value!r}; it must be {needed}")
+    return COMPRESSORS[kind](**given)
+
+
+def _meant(name: object, valid: Iterable[str]) -> str:
+    near = get_close_matches(str(name), valid, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # --- rows of messages -----------------------------------------------------------------------------
@@ -164,6 +202,15 @@ def runs_of(used: Compressor, shape: Sequence[int]) -> list[_Run]:
                 runs.append(_Run(start, count, length))
             start += count * length
     return runs
+
+
+def check_sizes(used: Compressor, shape: Sequence[int], name: str) -> None:
+    """Raise a ValueError that begins with a name if tensors of these sizes cannot be compressed."""
+    for run in runs_of(used, shape):
+        try:
+            used.check(run.size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def pack(used: Compressor, rows: Tensor, draws: Draws, tensors: Sequence[int] = ()) -> Packed:

@@ -43,7 +43,7 @@ from strategies.bidirectional import (
 )
 from strategies.common import RowArray
 from strategies.compat import fill, instructions, sample_nodes
-from strategies.compression import EncodedArray, Identity, Packed, compressor, pack
+from strategies.compression import Compressor, EncodedArray, Identity, Packed, compressor, pack
 from strategies.halves import DeviceHalf, Draws, Payload, Tensors, stacked
 from strategies.rows import decoded_rows, flat, shaped, sizes_of
 
@@ -331,12 +331,16 @@ class CompressedSGD(flower.FedAvg):
         }
         scheme = scheme_of(
             algorithm,
-            None if up is None else [compressor(s) for s in (up if isinstance(up, list) else [up])],
-            None if down is None else compressor(down),
+            None if up is None else _uplinks(up),
+            None if down is None else compressor(down, "down"),
             momentum=momentum,
             per_tensor=per_tensor,
             **{name: value for name, value in settings.items() if value is not None},
         )
+        if groups is not None and scheme.downlink != "model":
+            raise ValueError(
+                f"groups is {groups}, but {algorithm} has no downlink memory: leave it out"
+            )
         if correction == "pp2" and not scheme.up_memory:
             raise ValueError(f"correction pp2 averages memories, which {algorithm} does not have")
         self.scheme = for_participation(scheme, participation)
@@ -635,6 +639,13 @@ class CompressedSGD(flower.FedAvg):
             sent[torch.tensor(which)] = values
         assert sent is not None
         return sent
+
+
+def _uplinks(up: Spec | list[Spec]) -> list[Compressor]:
+    """Return the compressors of the uplink."""
+    if not isinstance(up, list):
+        return [compressor(up, "up")]
+    return [compressor(each, f"up[{i}]") for i, each in enumerate(up)]
 
 
 def _messages_in(nodes: Sequence[int], contents: Sequence[RecordDict]) -> list[Array]:

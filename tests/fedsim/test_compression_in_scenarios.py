@@ -143,22 +143,44 @@ def test_wrong_compression_is_refused_with_its_place_and_what_is_valid(compressi
     [
         (
             {"compression": {"up": {"kind": "top_k", "k": 11}}},
-            "strategies.linear: compression: k is 11, more than the 10 coordinates",
+            "strategies.linear: compression: up: k is 11, more than the 10 coordinates",
         ),
         (
             {"strategies": {"m": {"kind": "compressed_sgd", "up": {"kind": "top_k", "k": 11}}}},
-            "strategies.m: k is 11, more than the 10",
+            "strategies.m: up: k is 11, more than the 10",
+        ),
+        (
+            {"strategies": {"m": {"kind": "compressed_sgd", "up": ["sign", {"kind": "zip"}]}}},
+            r"strategies.m: .*up\[1\]: compressor 'zip' is not one of cast",
+        ),
+        (
+            {"strategies": {"m": {"kind": "compressed_sgd", "algorithm": "diana", "groups": 3}}},
+            "groups is 3, but diana has no downlink memory",
         ),
         (
             {"compression": {"up": "sign"}, "strategies": {"m": {"kind": "compressed_sgd"}}},
             "strategies.m: compression: CompressedSGD compresses its messages itself",
         ),
     ],
-    ids=["too many", "too many in mcm", "twice"],
+    ids=["too many", "too many in mcm", "one of a list", "unused", "twice"],
 )
 def test_what_only_building_shows_is_refused_as_well(changes, said):
     with pytest.raises(ScenarioError, match=said):
         check(scenario(**changes))
+
+
+@pytest.mark.parametrize(
+    ("up", "said"),
+    [
+        (5, "m.up: 5 should be a valid string or a mapping (key: value) or a valid array"),
+        (["sign", 5], "m.up.1: 5 should be a valid string or a mapping (key: value)"),
+    ],
+    ids=["not in a list", "in a list"],
+)
+def test_a_value_that_is_none_of_several_things_is_one_problem(up, said):
+    with pytest.raises(ScenarioError) as caught:
+        scenario(strategies={"m": {"kind": "compressed_sgd", "up": up}})
+    assert str(caught.value).endswith(said)
 
 
 def test_divergence_is_reported_and_no_number_is_nan():
