@@ -11,13 +11,13 @@ time pass; on Flower's own grids they ask again ten times a second.
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Annotated, Any, Literal
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
@@ -30,7 +30,7 @@ from strategies.common import (
     show_arguments,
     tensor_of,
 )
-from strategies.compat import fill, log
+from strategies.compat import fill, instructions, log
 from strategies.inflight import InFlight
 
 __all__ = ["AsyncStrategy", "DeadlineFedAvg", "FedAsync", "FedBuff", "Staleness", "Update"]
@@ -49,8 +49,10 @@ class Update:
 
     Attributes
     ----------
-    work, base : dict of Tensor
-        The model after local training, and the version that it began with.
+    arrays : mapping of str to Array
+        The model after local training.
+    base : dict of Tensor
+        The version that it began with.
     staleness : int
         Versions that the server has made since.
     seconds : float
@@ -59,11 +61,16 @@ class Update:
         Training samples of the device.
     """
 
-    work: Tensors
+    arrays: Mapping[str, Array]
     base: Tensors
     staleness: int
     seconds: float = 0.0
     examples: float = 1.0
+
+    @property
+    def work(self) -> Tensors:
+        """The model after local training, integers as float64."""
+        return {key: _widened(tensor_of(array)) for key, array in self.arrays.items()}
 
 
 class AsyncStrategy(Strategy):
@@ -228,6 +235,7 @@ class AsyncStrategy(Strategy):
         self._open: list[tuple[Update, Message]] = []  # absorbed since the last version
         self._dropped = self._failures = 0
         self._flights = None
+        self._last: Message | None = None  # instruction
         self._publish()
 
     def configure_train(
@@ -241,9 +249,12 @@ class AsyncStrategy(Strategy):
         self._flights.free_unsent()
         nodes = self._flights.choose(self.concurrency, self.min_available_nodes)
         self._flights.note(nodes, self.version, self.model)
-        return [self._instruction(node, config) for node in nodes]
+        contents = [self._content(node, config) for node in nodes]
+        messages = instructions("train", contents, nodes, self._last)
+        self._last = messages[-1] if messages else self._last
+        return messages
 
-    def _instruction(self, node: int, config: ConfigRecord) -> Message:
+    def _content(self, node: int, config: ConfigRecord) -> RecordDict:
         version, repeats = self._asked.get(node, (-1, -1))
         repeats = repeats + 1 if version == self.version else 0
         self._asked[node] = self.version, repeats
@@ -253,8 +264,7 @@ class AsyncStrategy(Strategy):
         if self.proximal_mu:
             own["proximal-mu"] = self.proximal_mu
         asked = fill(config.copy(), own)
-        content = fill(RecordDict(), {"arrays": self.arrays, "config": asked})
-        return Message(content, dst_node_id=node, message_type="train")
+        return fill(RecordDict(), {"arrays": self.arrays, "config": asked})
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -299,11 +309,10 @@ class AsyncStrategy(Strategy):
         sent = self._flights.free(reply.metadata.src_node_id)
         if sent is None or reply.has_error():
             return None
-        work = {key: _widened(tensor_of(array)) for key, array in record_of(reply).items()}
         records = reply.content.values()
         metrics = next((r for r in records if isinstance(r, MetricRecord)), None)
         return Update(
-            work,
+            record_of(reply),
             sent.base,
             self.version - sent.version,
             self._flights.now - sent.time,
@@ -426,23 +435,22 @@ class FedBuff(AsyncStrategy):
     def begin(self, arrays: ArrayRecord) -> None:
         """Empty the buffer, and begin with a model."""
         super().begin(arrays)
-        self._sum: Tensors = {}
+        self._buffer: list[Update] = []
         self._velocity: Tensors = {}
-        self._buffered = 0
 
     def absorb(self, update: Update) -> bool:
         """Add the update to the buffer; step once it is full."""
-        _add(self._sum, update, self.weight(update.staleness))
-        self._buffered += 1
-        if self._buffered < self.buffer_size:
+        self._buffer.append(update)
+        if len(self._buffer) < self.buffer_size:
             return False
-        step = {key: value / self.buffer_size for key, value in self._sum.items()}
+        weights = [self.weight(update.staleness) for update in self._buffer]
+        step = _mean(self._buffer, weights, self.buffer_size)
         if self.server_momentum:
             if self._velocity:
                 step = {k: self.server_momentum * self._velocity[k] + v for k, v in step.items()}
             self._velocity = step
         self.model = _stepped(self.model, step, self.server_learning_rate)
-        self._sum, self._buffered = {}, 0
+        self._buffer = []
         return True
 
 
@@ -483,38 +491,43 @@ class DeadlineFedAvg(AsyncStrategy):
     def begin(self, arrays: ArrayRecord) -> None:
         """Begin with a model."""
         super().begin(arrays)
-        self._sum: Tensors = {}
-        self._weights = 0.0
+        self._buffer: list[Update] = []
 
     def replies(self, flights: InFlight) -> list[Message]:
         """Wait until all is there, or for the deadline."""
         return flights.wait_until(flights.now + self.deadline)
 
     def absorb(self, update: Update) -> bool:
-        """Add to the round's sum."""
-        weight = update.examples * self.weight(update.staleness)
-        _add(self._sum, update, weight)
-        self._weights += weight
+        """Keep it for the round's end."""
+        self._buffer.append(update)
         return False
 
     def end_of_replies(self) -> bool:
         """Step by the weighted mean of the round's updates."""
-        if not self._weights > 0:
+        weights = [update.examples * self.weight(update.staleness) for update in self._buffer]
+        if not sum(weights) > 0:
             return False
-        step = {key: value / self._weights for key, value in self._sum.items()}
+        step = _mean(self._buffer, weights, sum(weights))
         self.model = _stepped(self.model, step, self.server_learning_rate)
-        self._sum, self._weights = {}, 0.0
+        self._buffer = []
         return True
 
 
-def _add(total: Tensors, update: Update, weight: float) -> None:
-    """Add a weighted update to a sum, in place."""
-    base, work = _beside(update.base, update.work)
-    changes = torch._foreach_sub(work, base)
-    if total:
-        torch._foreach_add_([total[key] for key in update.base], changes, alpha=weight)
-    else:
-        total.update(zip(update.base, torch._foreach_mul(changes, weight), strict=True))
+def _mean(updates: Sequence[Update], weights: Sequence[float], divisor: float) -> Tensors:
+    """Return the weighted sum of updates over a divisor.
+
+    One after the other at once, not as each arrives: so few operations on so little data cost most
+    where the processor has forgotten them in between.
+    """
+    total: tuple[Tensor, ...] = ()
+    for update, weight in zip(updates, weights, strict=True):
+        base, work = _beside(update.base, update.work)
+        changes = torch._foreach_sub(work, base)
+        if total:
+            torch._foreach_add_(total, changes, alpha=weight)
+        else:
+            total = torch._foreach_mul(changes, weight)
+    return dict(zip(updates[0].base, torch._foreach_div(total, divisor), strict=True))
 
 
 def _stepped(model: Tensors, step: Tensors, rate: float) -> Tensors:
@@ -523,9 +536,11 @@ def _stepped(model: Tensors, step: Tensors, rate: float) -> Tensors:
 
 
 def _beside(values: Tensors, others: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors of both in the order of the first, on the devices of the others."""
-    there = [others[key] for key in values]
-    return [v.to(o.device) for v, o in zip(values.values(), there, strict=True)], there
+    """Return the tensors of both in the order of the first, on the device of the others."""
+    here, there = list(values.values()), [others[key] for key in values]
+    if here[0].device != there[0].device:
+        here = [value.to(there[0].device) for value in here]
+    return here, there
 
 
 def _widened(value: Tensor) -> Tensor:

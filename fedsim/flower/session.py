@@ -51,8 +51,10 @@ Models = Mapping[str, torch.Tensor]
 """One model a device: name → Tensor ``(n_devices, *shape)``."""
 
 _DIVERGED_FACTOR = 1000.0
-_GC_THRESHOLD = 5_000  # new objects; those of some hundred messages
 """A loss this many times the initial one (or 1, if that is more) is divergence."""
+
+_GC_THRESHOLD = 5_000
+"""New objects between two collections: those of some hundred messages."""
 
 
 @dataclass(frozen=True, slots=True)
