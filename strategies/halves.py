@@ -159,7 +159,8 @@ class RoundDraws:
         place: torch.device | str = "cpu",
     ) -> None:
         self._seed, self._purpose, self._device, self._place = seed, purpose, device, place
-        self._drawn: dict[int, tuple[int, Tensor]] = {}  # call → first round, (rounds, n, *shape)
+        # Of each call in a round: the first round drawn, the shape and dtype, and (n, *shape) each.
+        self._drawn: dict[int, tuple[int, Any, Sequence[Tensor]]] = {}
 
     def at(self, k: int) -> Draws:
         """Return the draws of round k."""
@@ -167,23 +168,25 @@ class RoundDraws:
 
         def draws(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
             call = next(calls)
-            first, drawn = self._drawn.get(call, (k, None))
-            is_there = drawn is not None and k - first in range(len(drawn))
-            if drawn is None or not is_there or (drawn.shape[2:], drawn.dtype) != (shape, dtype):
+            kind = (tuple(shape), dtype)
+            first, known, drawn = self._drawn.get(call, (k, kind, ()))
+            if known != kind or not 0 <= k - first < len(drawn):
                 first, drawn = k, self._draw(k, call, shape, dtype)
-                self._drawn[call] = k, drawn
+                self._drawn[call] = k, kind, drawn
             return drawn[k - first]
 
         return draws
 
-    def _draw(self, k: int, call: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _draw(
+        self, k: int, call: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> Sequence[Tensor]:
         """Return call number `call` of round k and, if it is a small one, of some that follow."""
         n = len(self._seed)
         rounds = max(1, _AHEAD // (n * math.prod(shape) or 1))
         each = np.arange(k, k + rounds).repeat(n)
         seed, device = np.tile(self._seed, rounds), np.tile(self._device, rounds)
         keyed = KeyedDraws(seed, self._purpose, each, device, device=self._place, first_call=call)
-        return keyed(shape, dtype).view(rounds, n, *shape)
+        return keyed(shape, dtype).view(rounds, n, *shape).unbind()
 
 
 class DrawsAhead:
