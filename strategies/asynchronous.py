@@ -235,7 +235,6 @@ class AsyncStrategy(Strategy):
         self._open: list[tuple[Update, Message]] = []  # absorbed since the last version
         self._dropped = self._failures = 0
         self._flights = None
-        self._last: Message | None = None  # instruction
         self._publish()
 
     def configure_train(
@@ -250,9 +249,7 @@ class AsyncStrategy(Strategy):
         nodes = self._flights.choose(self.concurrency, self.min_available_nodes)
         self._flights.note(nodes, self.version, self.model)
         contents = [self._content(node, config) for node in nodes]
-        messages = instructions("train", contents, nodes, self._last)
-        self._last = messages[-1] if messages else self._last
-        return messages
+        return instructions("train", contents, nodes)
 
     def _content(self, node: int, config: ConfigRecord) -> RecordDict:
         version, repeats = self._asked.get(node, (-1, -1))

@@ -16,7 +16,6 @@ name                                       needed because
 =========================================  =========================================================
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -47,19 +46,11 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
 
 
 def instructions(
-    message_type: str,
-    contents: Sequence[RecordDict],
-    nodes: Sequence[int],
-    like: Message | None = None,
+    message_type: str, contents: Sequence[RecordDict], nodes: Sequence[int]
 ) -> list[Message]:
-    """Return ``Message(content, node, message_type)`` for each content and node.
-
-    `like` is an earlier one of the same type and run, of which the first of these can be made.
-    """
+    """Return ``Message(content, node, message_type)`` for each content and node."""
     messages: list[Message] = []
     first: dict[str, Any] = {}
-    if like is not None:
-        first = like.metadata.__dict__ | {"_message_id": "", "_created_at": time.time()}
     for content, node in zip(contents, nodes, strict=True):
         if "_dst_node_id" not in first:
             messages.append(Message(content, node, message_type))
