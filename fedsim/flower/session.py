@@ -53,9 +53,6 @@ Models = Mapping[str, torch.Tensor]
 _DIVERGED_FACTOR = 1000.0
 """A loss this many times the initial one (or 1, if that is more) is divergence."""
 
-_GC_THRESHOLD = 5_000
-"""New objects between two collections: those of some hundred messages."""
-
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -124,11 +121,10 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
     one and adds privacy noise with the other), the sleep of `sample_nodes` (virtual time instead
     of wall time), the log level, and the garbage collector: Flower runs a full collection per
     reply in some strategies, which costs microseconds instead of half a second once everything
-    that was loaded before is frozen. It also looks through what is new less often than by default:
-    thousands of messages under way are no garbage, and were gone through again and again.
+    that was loaded before is frozen.
     """
     state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    was_frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
+    was_frozen = gc.get_freeze_count()
     waits = 0
 
     def sleep(seconds: float) -> None:
@@ -149,12 +145,9 @@ def session(grid: NetworkGrid, seed: int, *, verbose: bool = False) -> Iterator[
         np.random.seed(digest(f"{seed}/numpy-global") & 0xFFFFFFFF)  # noqa: NPY002
         gc.collect()
         gc.freeze()
-        if thresholds[0]:  # 0: somebody has turned it off
-            gc.set_threshold(max(_GC_THRESHOLD, thresholds[0]), *thresholds[1:])
         try:
             yield
         finally:
-            gc.set_threshold(*thresholds)
             if not was_frozen:
                 gc.unfreeze()
             np.random.set_state(state[1])  # noqa: NPY002

@@ -22,7 +22,6 @@ def global_state():
         TaskIdentity._task_id,
         logging.getLogger("flwr").level,
         gc.get_freeze_count() > 0,
-        gc.get_threshold(),
     )
 
 
