@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
+from operator import is_not
 from typing import Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ class VectorisedExecutor:
         self._trainer = trainer
         self._plan = plan
         self._node_base = node_base
-        self._weighed: tuple[RecordDict | None, int] = None, 0
+        self._weighed: tuple[list[ArrayRecord], int] = [], 0
         self._halves = None
         if halves:
             self._halves = HalvesOfDevices(halves, trainer, plan)
@@ -71,9 +72,13 @@ class VectorisedExecutor:
         if self._halves is not None:
             return None
         content = message.content
-        if self._weighed[0] is not content:  # the messages of a round share one
-            self._weighed = content, payload_bytes(content)
-        return self._weighed[1]
+        # The messages of a round, or of a version, share their arrays.
+        arrays = [r for r in compat.values_of(content).values() if isinstance(r, ArrayRecord)]
+        weighed, size = self._weighed
+        if len(arrays) != len(weighed) or any(map(is_not, arrays, weighed)):
+            size = payload_bytes(content)
+            self._weighed = arrays, size
+        return size
 
     def can_compute(self, message: Message) -> bool:
         """Return whether the state of the message's device is known."""
