@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -308,12 +308,13 @@ class AsyncStrategy(Strategy):
             return None
         records = reply.content.values()
         metrics = next((r for r in records if isinstance(r, MetricRecord)), None)
+        examples = 1.0 if metrics is None else cast(float, metrics.get("num-examples", 1.0))
         return Update(
             record_of(reply),
             sent.base,
             self.version - sent.version,
             self._flights.now - sent.time,
-            1.0 if metrics is None else float(metrics.get("num-examples", 1.0)),  # type: ignore[arg-type]
+            float(examples),
         )
 
     def _watch(self, replies: Sequence[Message]) -> None:
@@ -502,9 +503,10 @@ class DeadlineFedAvg(AsyncStrategy):
     def end_of_replies(self) -> bool:
         """Step by the weighted mean of the round's updates."""
         weights = [update.examples * self.weight(update.staleness) for update in self._buffer]
-        if not sum(weights) > 0:
+        total = sum(weights)
+        if not total > 0:
             return False
-        step = _mean(self._buffer, weights, sum(weights))
+        step = _mean(self._buffer, weights, total)
         self.model = _stepped(self.model, step, self.server_learning_rate)
         self._buffer = []
         return True

@@ -127,12 +127,7 @@ def _drawn(key: NDArray[np.uint64], width: int, bits: int) -> Tensor:
     step = max(1, _BLOCK // max(1, len(key)))
     for start in range(0, width, step):
         stop = min(start + step, width)
-        z = np.arange(start + 1, stop + 1, dtype=np.uint64) * _STEP + key[:, None]
-        z ^= z >> _30
-        z *= _FIRST
-        z ^= z >> _27
-        z *= _SECOND
-        z ^= z >> _31
+        z = _stirred(np.arange(start + 1, stop + 1, dtype=np.uint64) * _STEP + key[:, None])
         z >>= np.uint64(64 - bits)
         np.multiply(z.view(np.int64), 2.0**-bits, out=out[:, start:stop], casting="same_kind")
     return torch.from_numpy(out)
@@ -228,10 +223,17 @@ def _shifted(z: Tensor, n: int) -> Tensor:
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = np.asarray(values + _STEP)
-    z = (z ^ (z >> _30)) * _FIRST
-    z = (z ^ (z >> _27)) * _SECOND
-    return np.asarray(z ^ (z >> _31))
+    return _stirred(np.asarray(values + _STEP))
+
+
+def _stirred(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix 64-bit words in place (SplitMix64's finaliser); return them."""
+    z ^= z >> _30
+    z *= _FIRST
+    z ^= z >> _27
+    z *= _SECOND
+    z ^= z >> _31
+    return z
 
 
 @cache

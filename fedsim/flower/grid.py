@@ -54,7 +54,7 @@ from fedsim.network.neighbours import Hooks, Neighbours
 from fedsim.recorder import Recorder
 from topologies.profiles import Profile
 
-__all__ = ["NODE_BASE", "Executor", "NetworkGrid", "Traffic"]
+__all__ = ["NODE_BASE", "Executor", "NetworkGrid"]
 
 
 class Executor(Protocol):
@@ -243,7 +243,6 @@ class NetworkGrid(Grid):
         self._waiting: Set[str] = frozenset()  # ids somebody waits for now
         self._n_computed = 0  # replies since rows were last released
         self._needed = 0  # how many of them are to be decided before it goes on
-        self._until = -math.inf  # before which whoever pushes does nothing else
         self._was_hopeless = False
 
     @property
@@ -308,6 +307,10 @@ class NetworkGrid(Grid):
         ScenarioError
             If a message travels by way of the server and the topology has none.
         """
+        return self._push(messages, -math.inf)
+
+    def _push(self, messages: Iterable[Message], until: float) -> list[str]:
+        """Send instructions off; the caller will push nothing else until their replies or then."""
         batch = list(messages)
         if len({id(message) for message in batch}) < len(batch):
             raise PayloadError("the same Message is twice in one push; build one for each node")
@@ -340,7 +343,7 @@ class NetworkGrid(Grid):
                 between.append((flight.trip, among))
             elif flight.exchange.kind == "server" and not flight.exchange.by_edge:
                 direct.append(flight.trip)
-        self._depart(direct)
+        self._depart(direct, until)
         self._depart_by_edge([flight for flight in flights if flight.exchange.by_edge])
         for trips, known in group(between):
             self._neighbours.begin(trips, known, manners[trips[0].round])
@@ -388,11 +391,7 @@ class NetworkGrid(Grid):
         instruction.
         """
         deadline = math.inf if timeout is None else self.env.now + timeout
-        self._until = deadline
-        try:
-            ids = self.push_messages(messages)
-        finally:
-            self._until = -math.inf
+        ids = self._push(messages, deadline)
         self.wait(ids, timeout=deadline - self.env.now)
         replies = self._collect(set(ids))
         for message_id in ids:
@@ -531,7 +530,7 @@ class NetworkGrid(Grid):
     def _is_free(self, message_type: str) -> bool:
         return self._free_evaluation and message_type.startswith("evaluate")
 
-    def _depart(self, trips: Sequence[Trip]) -> None:
+    def _depart(self, trips: Sequence[Trip], until: float) -> None:
         """Send off what travels between the server and devices."""
         released = []
         for trip in trips:
@@ -540,16 +539,12 @@ class NetworkGrid(Grid):
             else:
                 self._release(trip)
                 released.append(trip)
-        if self._is_all(released) and serve_alone(self._service, released, self._until):
+        n_open = len(self._flights) - len(self._ready) + len(self._given_up)
+        is_all = n_open == len(released) > 0 and not self._expiries
+        if is_all and until > self.env.now and serve_alone(self._service, released, until):
             return
         for trip in released:
             self._service.serve(trip)
-
-    def _is_all(self, trips: Sequence[Trip]) -> bool:
-        """Return whether nothing but these can happen until whoever pushes them has its replies."""
-        is_waited_for = self._until > self.env.now and not self._expiries
-        n_open = len(self._flights) - len(self._ready) + len(self._given_up)
-        return is_waited_for and n_open == len(trips) > 0
 
     def _answer_at_once(self, trip: Trip) -> None:
         """Let an instruction that takes no time arrive, if its device is there."""
@@ -624,7 +619,7 @@ class NetworkGrid(Grid):
 
     def _known_bytes(self, trip: Trip) -> int | None:
         """Return what the reply to the server will weigh, if nothing need be computed to know."""
-        known = self._flights[trip.message_id].known_bytes
+        known = self._known_vector(trip)
         return None if known is None else known + self._header_bytes
 
     def _reply_bytes(self, trip: Trip) -> int:

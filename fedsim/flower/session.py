@@ -30,7 +30,8 @@ from flwr.serverapp.strategy import Strategy
 from fedsim.errors import NoNodesError, PayloadError
 from fedsim.flower import compat
 from fedsim.flower.collectives import times_of
-from fedsim.flower.grid import NetworkGrid, Traffic
+from fedsim.flower.grid import NetworkGrid
+from fedsim.flower.ledger import Traffic
 from fedsim.learning.evaluation import spread
 from fedsim.recorder import RoundRow
 from fedsim.streams import digest

@@ -9,7 +9,7 @@ In all other cases every payload is simulated, and both ways give the same times
 in the same order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import inf
 from operator import attrgetter
 
@@ -41,32 +41,15 @@ def serve_alone(service: Service, trips: Sequence[Trip], deadline: float) -> boo
         Whether they were served: then virtual time is that of the last reply. Else nothing has
         happened.
     """
+    ways = _foreseen(service, trips, deadline)
+    if ways is None:
+        return False
     network, compute = service.network, service.compute
-    server, now = network.server, network.env.now
-    wire_bits = network.options.wire_bits
-    if server is None or not network.is_predictable or not is_alone(network.env, inf):
-        return False
-    if len({trip.device for trip in trips}) < len(trips) or any(trip.broadcast for trip in trips):
-        return False
-    downs = [network.way(server, trip.device) for trip in trips]
-    ups = {trip.device: network.way(trip.device, server) for trip in trips}
-    if not _are_apart(downs, ups.values()):
-        return False
-    for trip, down in zip(trips, downs, strict=True):
-        device = trip.device
-        _, received = down.times(wire_bits(trip.bytes_down), now)
-        _, ended, is_done = compute.forecast(device, received, trip.samples)
-        is_there = compute.is_available(device, now) and compute.is_available(device, received)
-        if not (is_done and is_there):
-            return False
-        if deadline < inf:
-            size = service.known_bytes(trip)
-            if size is None or ups[device].times(wire_bits(size), ended)[1] > deadline:
-                return False
-
+    now = network.env.now
+    ups = {trip.device: up for trip, (_, up) in zip(trips, ways, strict=True)}
     moves: list[_Move] = []
     worked: list[Trip] = []
-    for trip, down in zip(trips, downs, strict=True):
+    for trip, (down, _) in zip(trips, ways, strict=True):
         download = network.carry_alone(down, trip.bytes_down, now)
         moves.append((download, trip, "down"))
     for download, trip, _ in sorted(moves, key=_moment):
@@ -89,10 +72,34 @@ def serve_alone(service: Service, trips: Sequence[Trip], deadline: float) -> boo
     return True
 
 
-def _are_apart(downs: Iterable[Way], ups: Iterable[Way]) -> bool:
-    """Return whether no instruction shares a link with another; down and up may be one link."""
-    shared = [{*down.shared, *up.shared} for down, up in zip(downs, ups, strict=True)]
-    return len(set().union(*shared)) == sum(map(len, shared))
+def _foreseen(
+    service: Service, trips: Sequence[Trip], deadline: float
+) -> list[tuple[Way, Way]] | None:
+    """Return the way down and up of each, if nothing can happen to any of them on it."""
+    network, compute = service.network, service.compute
+    server, now = network.server, network.env.now
+    wire_bits = network.options.wire_bits
+    if server is None or not network.is_predictable or not is_alone(network.env, inf):
+        return None
+    if len({trip.device for trip in trips}) < len(trips) or any(trip.broadcast for trip in trips):
+        return None
+    ways = [(network.way(server, trip.device), network.way(trip.device, server)) for trip in trips]
+    # Its way down and its way up may be one link: it is never on both.
+    shared = [{*down.shared, *up.shared} for down, up in ways]
+    if len(set().union(*shared)) < sum(map(len, shared)):
+        return None
+    for trip, (down, up) in zip(trips, ways, strict=True):
+        device = trip.device
+        _, received = down.times(wire_bits(trip.bytes_down), now)
+        _, ended, is_done = compute.forecast(device, received, trip.samples)
+        is_there = compute.is_available(device, now) and compute.is_available(device, received)
+        if not (is_done and is_there):
+            return None
+        if deadline < inf:
+            size = service.known_bytes(trip)
+            if size is None or up.times(wire_bits(size), ended)[1] > deadline:
+                return None
+    return ways
 
 
 def _moment(move: _Move) -> tuple[float, float, float]:

@@ -434,14 +434,11 @@ class Network:
     def way(self, source: int, destination: int) -> Way:
         """Return what a payload between two nodes meets if it is alone there."""
         route = self._wiring.route(source, destination)
-        latency, rate, shared = 0.0, inf, []
+        latency, rate = 0.0, inf
         for link in route:
             latency += self._latency.item(link)
-            capacity = self._fluid.capacity.item(link)
-            if capacity < inf:
-                rate = min(rate, capacity)
-                if self._fluid.is_shared(link):
-                    shared.append(link)
+            rate = min(rate, self._fluid.capacity.item(link))
+        shared = [link for link in route if self._fluid.is_shared(link)]
         return Way(source, destination, route, self.options.setup(latency), rate, shared)
 
     def carry_alone(self, way: Way, size_bytes: int, start: float) -> Delivery:
