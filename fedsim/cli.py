@@ -29,6 +29,7 @@ from typer.core import TyperGroup
 
 from fedsim import __version__
 from fedsim.errors import FedsimError, NoNodesError, ScenarioError
+from fedsim.problems import choose, shown
 
 if TYPE_CHECKING:
     from fedsim.results import RunResult
@@ -658,11 +659,11 @@ def list_(
         )
         return
     if kind not in registry.TABLES:
-        raise ScenarioError(registry.choose(kind, "kind of name", registry.TABLES))
+        raise ScenarioError(choose(kind, "kind of name", registry.TABLES))
     for entry in registry.list_names(kind):
         typer.echo(f"{typer.style(entry.name, bold=True)}  {entry.error or entry.summary}")
         for parameter in entry.parameters:
-            value = "required" if parameter.is_required else registry.shown(parameter.default)
+            value = "required" if parameter.is_required else shown(parameter.default)
             typer.echo(f"    {parameter.name}: {parameter.type} ({value})")
 
 

@@ -22,7 +22,7 @@ from fedsim import registry
 from fedsim.document import Document, Place, read_document, read_value, write_yaml
 from fedsim.errors import ScenarioError
 from fedsim.graphs import between_devices, build_graph, is_random
-from fedsim.registry import Problem
+from fedsim.problems import Problem, choose, problems_of, shown
 from fedsim.sections import (
     DISTRIBUTIONS,
     AttackEntry,
@@ -150,7 +150,7 @@ class Scenario(Section):
             If there is no such strategy.
         """
         if name not in self.strategies:
-            raise ScenarioError(registry.choose(name, "strategy of this scenario", self.strategies))
+            raise ScenarioError(choose(name, "strategy of this scenario", self.strategies))
         entry = self.strategies[name]
         base = self.resolved() | {"strategies": {}}
         world, problems = _check_world(_merge(base, _as_parts(entry.world)))
@@ -204,7 +204,7 @@ def _check_world(data: Mapping[str, Any]) -> tuple[Scenario | None, list[Problem
     try:
         world = Scenario.model_validate_json(_as_json(filled))
     except ValidationError as error:
-        found = registry.problems_of(error, (), _valid_keys)
+        found = problems_of(error, (), _valid_keys)
         problems += [Problem(_without_tags(each.path, filled), each.message) for each in found]
         return None, _one_each(problems)
     return world, _one_each(problems + list(_clashes(world)))
@@ -399,7 +399,7 @@ def _check_strategies(
     """Check each strategy's name, its world and its arguments."""
     given = data.get("strategies")
     if not isinstance(given, Mapping) or not given:
-        said = "is missing" if given is None else f"{registry.shown(given)} should be a mapping"
+        said = "is missing" if given is None else f"{shown(given)} should be a mapping"
         example = "name at least one, for example 'linear: {kind: fedavg}'"
         return {}, [Problem(("strategies",), f"{said}; {example}")]
     entries, problems, folded = {}, [], dict[str, str]()
@@ -529,7 +529,7 @@ def _no_fractions(path: Place, checked: Mapping[str, Any]) -> Iterator[Problem]:
     for key, value in checked.items():
         is_number = isinstance(value, int | float)
         if key in ("fraction_train", "fraction_evaluate") and is_number and not 0 <= value <= 1:
-            yield Problem((*path, key), f"{registry.shown(value)} is not between 0 and 1")
+            yield Problem((*path, key), f"{shown(value)} is not between 0 and 1")
         if isinstance(value, Mapping):
             yield from _no_fractions((*path, key), value)
 
@@ -634,7 +634,7 @@ def _override(document: Document, override: str) -> None:
             document.origin[path] = option
         if not isinstance(inside, dict):
             where = ".".join(map(str, path))
-            raise ScenarioError(f"{option}: {where} is {registry.shown(inside)}, not a mapping")
+            raise ScenarioError(f"{option}: {where} is {shown(inside)}, not a mapping")
         here[step] = inside
         here = inside
     if step == "kind" and here.get("kind") != value:

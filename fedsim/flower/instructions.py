@@ -16,7 +16,7 @@ from fedsim.learning.config import ROUNDS, LocalConfig
 from fedsim.network.edges import Backhaul
 from fedsim.network.neighbours import Manner
 from fedsim.network.plan import Conduct
-from fedsim.registry import nearest
+from fedsim.problems import nearest
 from topologies.placement import COLLECTIVES
 from topologies.profiles import PROFILES, profile
 

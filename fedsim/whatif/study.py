@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedsim.errors import ScenarioError
-from fedsim.registry import Problem, as_mapping, nearest, problems_of, shown
+from fedsim.problems import Problem, nearest, problems_of, shown
+from fedsim.registry import as_mapping
 from fedsim.units import Bandwidth, Duration, Size, parse_bandwidth, parse_size, parse_time
 from topologies.attributes import Graph, label
 from topologies.cost import Prices
