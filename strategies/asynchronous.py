@@ -235,6 +235,7 @@ class AsyncStrategy(Strategy):
         self._open: list[tuple[Update, Message]] = []  # absorbed since the last version
         self._dropped = self._failures = 0
         self._flights = None
+        self._alike: dict[str, Any] = {}  # what instructions have in common
         self._publish()
 
     def configure_train(
@@ -249,7 +250,7 @@ class AsyncStrategy(Strategy):
         nodes = self._flights.choose(self.concurrency, self.min_available_nodes)
         self._flights.note(nodes, self.version, self.model)
         contents = [self._content(node, config) for node in nodes]
-        return instructions("train", contents, nodes)
+        return instructions("train", contents, nodes, self._alike)
 
     def _content(self, node: int, config: ConfigRecord) -> RecordDict:
         version, repeats = self._asked.get(node, (-1, -1))

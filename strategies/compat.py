@@ -16,6 +16,7 @@ name                                       needed because
 =========================================  =========================================================
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -46,18 +47,26 @@ def fill(record: RecordT, values: Mapping[str, Any]) -> RecordT:
 
 
 def instructions(
-    message_type: str, contents: Sequence[RecordDict], nodes: Sequence[int]
+    message_type: str,
+    contents: Sequence[RecordDict],
+    nodes: Sequence[int],
+    like: dict[str, Any] | None = None,
 ) -> list[Message]:
-    """Return ``Message(content, node, message_type)`` for each content and node."""
+    """Return ``Message(content, node, message_type)`` for each content and node.
+
+    `like`, empty at first, is kept by who sends in small portions: what a run's instructions have
+    in common. It is a copy, since Flower's own grids write into what they are given.
+    """
+    like = {} if like is None else like
     messages: list[Message] = []
-    first: dict[str, Any] = {}
+    now = time.time()
     for content, node in zip(contents, nodes, strict=True):
-        if "_dst_node_id" not in first:
+        if not like:
             messages.append(Message(content, node, message_type))
-            first = messages[-1].metadata.__dict__
+            like.update(messages[-1].metadata.__dict__)
             continue
         metadata, message = Metadata.__new__(Metadata), Message.__new__(Message)
-        metadata.__dict__.update(first, _dst_node_id=node)
+        metadata.__dict__.update(like, _dst_node_id=node, _created_at=now)
         message.__dict__.update(_metadata=metadata, _content=content, _error=None)
         messages.append(message)
     return messages

@@ -512,7 +512,7 @@ def _is_finite(arrays: ArrayRecord) -> bool:
         if stack is None:
             whole = torch.from_numpy(array.numpy())
         else:
-            whole = stack if len(stack) == 1 else stack[array.row]  # type: ignore[attr-defined]
+            whole = stack if stack.shape[0] == 1 else stack[array.row]  # type: ignore[attr-defined]
         if not whole.is_floating_point() or math.isfinite(float(whole.sum())):
             continue  # a sum can overflow, but never hides what is not finite
         if not bool(whole.isfinite().all()):

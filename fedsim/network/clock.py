@@ -53,7 +53,8 @@ class At(simpy.Event):
         self.callbacks = [call]
         self._ok = True
         self._value = None
-        entry: Any = (max(when, env.now), priority, next(env._eid), self)
+        now = env._now
+        entry: Any = (when if when > now else now, priority, next(env._eid), self)
         heappush(env._queue, entry)
 
 
@@ -134,6 +135,11 @@ class Clock:
             self._armed = when
             self._wake = _Wake(self.env, when, self._on_wake, _FIRST)
 
+    def is_end(self, now: float) -> bool:
+        """Return whether nothing else is to come at this instant."""
+        queue = self.env._queue
+        return not queue or queue[0][0] > now
+
     def call_at_end(self) -> None:
         """Make sure that `on_end` is called at the end of this instant."""
         if not self._is_ending:
@@ -142,17 +148,18 @@ class Clock:
 
     def _on_wake(self, event: simpy.Event) -> None:
         if event is self._wake:  # else superseded by an earlier one
+            now = self.env._now
             self._armed = inf
-            self._check_progress()
-            self._on_due(self.env.now)
+            self._check_progress(now)
+            self._on_due(now)
 
     def _on_last(self, event: simpy.Event) -> None:
+        now = self.env._now
         self._is_ending = False
-        self._check_progress()
-        self._on_end(self.env.now)
+        self._check_progress(now)
+        self._on_end(now)
 
-    def _check_progress(self) -> None:
-        now = self.env.now
+    def _check_progress(self, now: float) -> None:
         if now > self._last_wake:
             self._last_wake = now
             self._n_wakes = 0

@@ -41,7 +41,8 @@ class FluidNetwork:
     ) -> None:
         self.capacity = capacity
         self._unshared = unshared
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, Link] = {}  # those in use
+        self._unused: dict[int, Link] = {}
         self._groups: dict[tuple[tuple[Link, float], ...], Group] = {}
         self._finishes: Heap = []
         self._dirty: dict[Link, None] = {}
@@ -71,8 +72,7 @@ class FluidNetwork:
         for index, consumption in flow.uses:
             link = links.get(index)
             if link is None:
-                is_shared = self._unshared is None or not self._unshared[index]
-                link = links[index] = Link(index, self.capacity.item(index), is_shared, now)
+                link = links[index] = self._open(index, now)
             elif link.is_shared and len(link.flows) == 1:
                 # The flow that had the link for itself now has to share it.
                 company = company or {}
@@ -93,6 +93,15 @@ class FluidNetwork:
         self._unlink(flow, now)
         return flow.bits
 
+    def _open(self, index: int, now: float) -> Link:
+        """Return a link that nobody uses; one that was used before needs not be made."""
+        link = self._unused.pop(index, None)
+        if link is None:
+            link = Link(index, self._unshared is None or not self._unshared[index])
+        link.capacity = self.capacity.item(index)
+        link.since = now
+        return link
+
     def _unlink(self, flow: Flow, now: float) -> None:
         """Take a flow that is in no group off its links."""
         self.n_flows -= 1
@@ -101,7 +110,7 @@ class FluidNetwork:
             flows = link.flows
             del flows[flow]
             if not flows:
-                del self._links[link.index]
+                self._unused[link.index] = self._links.pop(link.index)
                 self._busy[link.index] += now - link.since
             elif len(flows) == 1 and link.is_shared:
                 # The flow that is left has the link for itself now.

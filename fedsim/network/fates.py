@@ -40,6 +40,7 @@ class Fates:
     def __init__(self, seed: int, options: TransferOptions) -> None:
         self.are_drawn = options.message_loss > 0 or options.loss == "drop"
         self._message_loss = options.message_loss
+        self._can_drop = options.loss == "drop"
         self._counts: dict[tuple[int, int], int] = {}
         self._loss_key = int(bits(seed, "message-loss"))
         self._drop_key = int(bits(seed, "packet-loss"))
@@ -47,11 +48,13 @@ class Fates:
     def draw(self, source: int, destination: int) -> tuple[bool, float]:
         """Return whether the pair's next message will be lost, and a number in [0, 1).
 
-        The number is compared with the probability that no packet of the message is dropped.
+        The number is compared with the probability that no packet of the message is dropped; 0
+        where packets never are.
         """
         pair = source, destination
         count = self._counts.get(pair, 0)
         self._counts[pair] = count + 1
         words = (*pair, count)
-        is_lost = keyed_uniform(self._loss_key, words) < self._message_loss
-        return is_lost, keyed_uniform(self._drop_key, words)
+        loss = self._message_loss
+        is_lost = loss > 0 and keyed_uniform(self._loss_key, words) < loss
+        return is_lost, keyed_uniform(self._drop_key, words) if self._can_drop else 0.0

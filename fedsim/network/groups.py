@@ -114,11 +114,11 @@ class Link:
         "used",
     )
 
-    def __init__(self, index: int, capacity: float, is_shared: bool, now: float) -> None:
+    def __init__(self, index: int, is_shared: bool) -> None:
         self.index = index
-        self.capacity = capacity
+        self.capacity = 0.0
         self.is_shared = is_shared
-        self.since = now
+        self.since = 0.0
         self.flows: dict[Flow, None] = {}
         self.groups: dict[Group, float] = {}  # with the consumption of one bit/s
         self.used = 0.0  # by the groups, at their levels

@@ -880,6 +880,9 @@ class Network:
             transfer.bits_left = 0.0
             self._arrive(transfer)
         self._clock.run_due(now)
+        if self._clock.is_end(now):
+            self._on_end(now)
+            return
         self._note_stalls()
         self._look_ahead()
 

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 
 from strategies import linear
 from strategies.asynchronous import DeadlineFedAvg, FedAsync, FedBuff, Update
+from strategies.compat import instructions
 from tests.plain_grid import PlainGrid, flower_identity
 from tests.strategies.peer_worlds import D, N
 from tests.strategies.server_worlds import error, local, run_plain, server_app
@@ -222,6 +223,21 @@ def test_replies_are_left_as_they_were_and_buffers_pass():
 def test_bad_arguments_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_an_instruction_like_earlier_ones_is_that_made_from_scratch():
+    contents, like = [RecordDict(), RecordDict()], {}
+    with flower_identity(0):
+        [first] = instructions("train", contents[:1], [1001], like)
+        first.metadata.__dict__.update(_message_id="17", _run_id=5)  # a grid has sent it
+        [made] = instructions("train", contents[1:], [1002], like)
+        alone = Message(contents[1], 1002, "train")
+    assert made.content is contents[1]
+    assert not made.has_error()
+    assert vars(made).keys() == vars(alone).keys()
+    assert made.metadata.created_at == pytest.approx(alone.metadata.created_at, abs=1.0)
+    mine, other = (vars(m.metadata) | {"_created_at": 0} for m in (made, alone))
+    assert mine == other
 
 
 def test_in_synchronous_rounds_of_a_wrapper_it_still_works():
