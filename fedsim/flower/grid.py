@@ -11,6 +11,7 @@ differential-privacy wrappers drop a whole round for one error reply but accept 
 """
 
 import math
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -55,6 +56,8 @@ from fedsim.recorder import Recorder
 from topologies.profiles import Profile
 
 __all__ = ["NODE_BASE", "Executor", "NetworkGrid"]
+
+_LAST_TIME = sys.float_info.max  # before infinity, at which nothing happens
 
 
 class Executor(Protocol):
@@ -652,19 +655,20 @@ class NetworkGrid(Grid):
         is_between = trip.exchange != "server"
         if is_between and not math.isnan(trip.computed):
             self._ledger.record_work(trip)
-        if trip.is_lost:
+        is_lost, asked = trip.is_lost, flight or given_up
+        if is_lost:
             self._ledger.traffic.messages_lost += not is_between and trip.outcome not in (
                 "failed-device",
                 "cancelled",
             )
-        elif any(f is not None and self.env.now > f.expires for f in (flight, given_up)):
-            trip.outcome = "expired"
-        if trip.is_lost:
+        elif asked is not None and self.env.now > asked.expires:
+            trip.outcome, is_lost = "expired", True
+        if is_lost:
             self._lost.add(trip.message_id)
             if flight is not None and not flight.is_expired:
                 self._lose(flight)
-        self._settle(trip.message_id, has_arrived=not trip.is_lost)
-        if trip.is_lost or given_up is not None:
+        self._settle(trip.message_id, has_arrived=not is_lost)
+        if is_lost or given_up is not None:
             self._uncomputed.pop(trip.message_id, None)
         if given_up is None:
             self._decide(trip.message_id)
@@ -840,9 +844,10 @@ class NetworkGrid(Grid):
         self._neighbours.settle()
         self._collectives.memory.quiet_until = self._quiet_until(ids, deadline, needed)
         expiry = self._next_expiry()
+        limit = min(deadline, expiry, _LAST_TIME)
         while self._needed > 0:
             time = env.peek()
-            if time <= deadline and time <= expiry and time < math.inf:
+            if time <= limit:
                 env.step()
                 continue
             if min(time, expiry) > deadline:
@@ -852,6 +857,7 @@ class NetworkGrid(Grid):
                     env.run(until=expiry)
                 self._expire()
                 expiry = self._next_expiry()
+                limit = min(deadline, expiry, _LAST_TIME)
                 continue
             if self._neighbours.give_up():
                 continue

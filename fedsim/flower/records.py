@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cache
 from io import BytesIO
+from operator import is_
 from typing import Any, Literal
 
 import numpy as np
@@ -408,8 +409,7 @@ class Intake:
 
 def _are_same(given: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     """Return whether a record still has these very values, in this order."""
-    pairs = zip(given.items(), values.items(), strict=False)
-    return len(given) == len(values) and all(k == key and a is b for (k, a), (key, b) in pairs)
+    return list(given) == list(values) and all(map(is_, given.values(), values.values()))
 
 
 def private_copy(content: RecordDict) -> RecordDict:
