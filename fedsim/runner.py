@@ -2,16 +2,10 @@
 
 import logging
 import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
-from multiprocessing.managers import SyncManager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +19,7 @@ from fedsim.flower.server import (
 from fedsim.learning.threads import one_thread
 from fedsim.network import Network
 from fedsim.output import describe_world, prepare, versions
+from fedsim.processes import start_manager, start_worker
 from fedsim.recorder import (
     LinkRow,
     Recorder,
@@ -138,7 +133,7 @@ def run(
         simulations = {
             name: connect(scenario, name, device, load, crew, executor) for name in names
         }
-        manager = stack.enter_context(_manager()) if jobs > 1 and len(names) > 1 else None
+        manager = stack.enter_context(start_manager()) if jobs > 1 and len(names) > 1 else None
         if executor is None:
             with crew if manager is None else Crew() as own:  # processes connect by themselves
                 for simulation in simulations.values():
@@ -314,13 +309,13 @@ def _run_in_processes(
     progress: Callable[[Progress], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker) as pool:
         futures = {pool.submit(_work, settings, name, queue): name for name in names}
         pending = set(futures)
         try:
             while pending or not queue.empty():
                 while not queue.empty():
-                    progress(queue.get())
+                    progress(Progress(*queue.get()))
                 done = {future for future in pending if future.done()}
                 for future in sorted(done, key=lambda f: names.index(futures[f])):
                     runs.note(futures[future], *future.result())
@@ -334,45 +329,6 @@ def _run_in_processes(
             raise
 
 
-def _manager() -> SyncManager:
-    """Return a started process for the queue of progress.
-
-    Raises
-    ------
-    ScenarioError
-        If processes cannot be started, since the script that calls would start itself again.
-    """
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    try:
-        manager.start(initializer=_die_with_parent)
-    except EOFError:
-        raise ScenarioError(
-            "jobs: more than 1 needs processes, which import the script that calls fedsim.run; "
-            "put the call under  if __name__ == '__main__':"
-        ) from None
-    return manager
-
-
-def _start_worker() -> None:
-    """Let the parent alone decide when a worker ends: on Ctrl-C, SIGTERM, or its own death."""
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception: files are closed
-
-
-def _die_with_parent() -> None:
-    """End this process as soon as its parent is no more, even if that was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _work(
     settings: tuple[Scenario, Path | None, str, Path | None], name: str, queue: Any
 ) -> tuple[StrategyResult | None, str]:
@@ -380,4 +336,5 @@ def _work(
     scenario, out, device, data_dir = settings
     with one_thread():
         simulation = build(scenario, name, device=device, data_dir=data_dir)
-        return _run_one(simulation, out, queue.put)
+        # Plain values: what holds the queue would import this module to know a `Progress`.
+        return _run_one(simulation, out, lambda progress: queue.put(astuple(progress)))

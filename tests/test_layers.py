@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
-    {"streams", "units", "problems"},
+    {"processes", "streams", "units", "problems"},
     {"registry"},
     {"document", "graphs"},
     {"sections"},

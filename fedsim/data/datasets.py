@@ -7,6 +7,7 @@ Every loader is `load_x(*, ..., data_dir=None, seed=0) -> Dataset` and takes onl
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -212,16 +213,22 @@ def load_digits(
     ----------
     .. [1] E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    x, y = sklearn_digits(return_X_y=True)
+    table = np.loadtxt(_sklearn_folder() / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     x_train, y_train, x_test, y_test = split_test(
-        (x / 16.0).astype(np.float32),
-        y.astype(np.int64),
+        (table[:, :-1] / 16.0).astype(np.float32),
+        table[:, -1].astype(np.int64),
         test_fraction=test_fraction,
         rng=stream(seed, "test-split"),
     )
     return Dataset("digits", x_train, y_train, x_test, y_test, n_classes=10)
+
+
+def _sklearn_folder() -> Path:
+    """Return where scikit-learn is; to import its data sets takes as long as PyTorch does."""
+    spec = find_spec("sklearn")
+    assert spec is not None  # a dependency
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")

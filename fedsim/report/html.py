@@ -18,7 +18,6 @@ from plotly.offline import get_plotlyjs
 
 from fedsim.recorder import dump_json
 from fedsim.report import exchanges, page_data, series, timeline
-from fedsim.report.plots import write_plots
 from fedsim.report.tables import (
     COLUMNS,
     answers,
@@ -54,6 +53,8 @@ def write_report(directory: Path) -> Path:
     ScenarioError
         If `directory` is no run or its files are damaged.
     """
+    from fedsim.report.plots import write_plots  # a worker that writes none needs no matplotlib
+
     run = load_run(directory)
     write_plots(run, directory / "plots")
     page = directory / "report.html"

@@ -16,6 +16,18 @@ def write_npz(path, **changes):
     return path
 
 
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits as reference
+
+    digits = load_digits(test_fraction=0.5, seed=1)
+    images, labels = reference(return_X_y=True)
+    ours = np.concatenate([digits.x_train, digits.x_test])
+    whose = np.concatenate([digits.y_train, digits.y_test])
+    both = [np.column_stack([16 * ours, whose]), np.column_stack([images, labels])]
+    one, other = (table[np.lexsort(table.T)] for table in both)
+    assert np.array_equal(one, other)
+
+
 def test_digits_are_split_by_seed_and_fraction():
     digits = load_digits(test_fraction=0.25, seed=3)
     assert digits.x_train.shape == (1348, 64)
