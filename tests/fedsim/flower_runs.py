@@ -23,6 +23,7 @@ def flwr_run(app, home, *, nodes, config, seconds=400):
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_ADDRESS": "local",  # not what another test has started
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
@@ -54,7 +55,7 @@ def stop(home):
             time.sleep(0.1)
 
 
-def remaining(home, seconds=20):
+def remaining(home, seconds=90):
     """Return the processes that are still there after a while: Ray's end by themselves."""
     end = time.monotonic() + seconds
     while running(home) and time.monotonic() < end:

@@ -34,8 +34,11 @@ def main(grid, context):
         else:
             np.savez(os.path.join(sys.argv[1], kind), **arrays)
 
-resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-run_simulation(server, ray_app.app, num_supernodes=ray_app.N, backend_config=resources)
+one_actor = {
+    "init_args": {"num_cpus": 1},
+    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+}
+run_simulation(server, ray_app.app, num_supernodes=ray_app.N, backend_config=one_actor)
 """
 
 
@@ -65,6 +68,7 @@ def simulated(tmp_path_factory):
     quiet = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_ADDRESS": "local",
         "RAY_USAGE_STATS_ENABLED": "0",
         "FLWR_HOME": str(home),
         "PYTHONPATH": str(ROOT),

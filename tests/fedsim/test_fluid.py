@@ -247,8 +247,9 @@ def test_rates_of_larger_networks_are_max_min_fair_after_every_event():
 
 
 @pytest.mark.slow
-def test_rates_of_two_thousand_networks_are_max_min_fair_after_every_event():
-    certify(range(1000, 3000))
+@pytest.mark.parametrize("first", [1000, 1500, 2000, 2500])
+def test_rates_of_two_thousand_networks_are_max_min_fair_after_every_event(first):
+    certify(range(first, first + 500))
 
 
 def full_resolve(history):

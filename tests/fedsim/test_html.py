@@ -263,7 +263,8 @@ def test_colours_stay_apart_for_colour_blind_readers(deficiency, ground):
 @pytest.mark.parametrize("case", ["transfers", "twelve", "no_rounds", "all_diverged", "one_device"])
 def test_a_browser_draws_every_figure_without_complaint(tmp_path, case, whole):
     write_sample(tmp_path / "run", CASES[case])
-    page = write_report(tmp_path / "run")
+    page = tmp_path / "page.html"
+    page.write_text(render_page(load_run(tmp_path / "run")), "utf-8")
     done = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",

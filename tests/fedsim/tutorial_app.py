@@ -3,7 +3,6 @@
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +22,8 @@ class Net(nn.Module):
 
 def load_data(partition_id: int, num_partitions: int, batch_size: int):
     """Return loaders over this partition's training and test samples."""
+    from sklearn.datasets import load_digits  # takes seconds, which who wants the model saves
+
     digits = load_digits()
     x = torch.tensor(digits.data[partition_id::num_partitions] / 16, dtype=torch.float32)
     y = torch.tensor(digits.target[partition_id::num_partitions])

@@ -248,7 +248,7 @@ def q8_app():
     return app
 
 
-def start(strategy, rounds, *, grid=None, initial=None, config=None):
+def start(strategy, rounds, *, grid=None, initial=None, config=None, evaluate=None):
     """Run a strategy on a plain grid; return its models as an array."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
     arrays = initial or ArrayRecord({"w": Array(np.zeros(D))})
@@ -258,9 +258,22 @@ def start(strategy, rounds, *, grid=None, initial=None, config=None):
             arrays,
             num_rounds=rounds,
             train_config=ConfigRecord(config or {}),
+            evaluate_fn=evaluate,
         )
     models = strategy.device_models["w"].numpy()
     return models, result
+
+
+def models_after(strategy, marks):
+    """Run a strategy once; return its models after some numbers of rounds."""
+    seen = {}
+
+    def note(number, arrays):
+        if number in marks:
+            seen[number] = strategy.device_models["w"].numpy().copy()
+
+    start(strategy, max(marks), evaluate=note)
+    return [seen[mark] for mark in marks]
 
 
 class DeliveringGrid(PlainGrid):

@@ -10,7 +10,17 @@ from strategies.gossip import DPSGD
 from strategies.push_sum import SGP, PushDIGing
 from strategies.tracking import D2, DSGT, EXTRA
 from tests.strategies import peer_worlds as q8
-from tests.strategies.peer_worlds import D8, RING, after, consensus, error, one_peer, start, tv8
+from tests.strategies.peer_worlds import (
+    D8,
+    RING,
+    after,
+    consensus,
+    error,
+    models_after,
+    one_peer,
+    start,
+    tv8,
+)
 
 torch.set_num_threads(1)
 ATC = "adapt_then_combine"
@@ -203,7 +213,7 @@ LONG = 300  # rounds
 def test_strategies_give_the_reference_numbers(name):
     _, make, bars = CASES[name]
     early = {steps: bar for steps, bar in bars.items() if steps <= LONG}
-    assert_holds(early, [start(make(), steps)[0] for steps in early])
+    assert_holds(early, models_after(make(), early))
 
 
 @pytest.mark.study
@@ -212,7 +222,7 @@ def test_strategies_give_the_reference_numbers_of_long_runs(name):
     """The plain loops, which strategies follow to 1e-12, give them in the default run."""
     _, make, bars = CASES[name]
     late = {steps: bar for steps, bar in bars.items() if steps > LONG}
-    assert_holds(late, [start(make(), steps)[0] for steps in late])
+    assert_holds(late, models_after(make(), late))
 
 
 def test_dpsgd_settles_where_its_closed_form_says():
