@@ -213,22 +213,30 @@ def load_digits(
     ----------
     .. [1] E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
-    table = np.loadtxt(_sklearn_folder() / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    x, y = _sklearn_digits()
     x_train, y_train, x_test, y_test = split_test(
-        (table[:, :-1] / 16.0).astype(np.float32),
-        table[:, -1].astype(np.int64),
+        (x / 16.0).astype(np.float32),
+        y.astype(np.int64),
         test_fraction=test_fraction,
         rng=stream(seed, "test-split"),
     )
     return Dataset("digits", x_train, y_train, x_test, y_test, n_classes=10)
 
 
-def _sklearn_folder() -> Path:
-    """Return where scikit-learn is; to import its data sets takes as long as PyTorch does."""
+def _sklearn_digits() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return scikit-learn's digits, images (1797, 64) and labels, from the file it reads itself.
+
+    To import its data sets takes as long as PyTorch does; only where the file has moved are they.
+    """
     spec = find_spec("sklearn")
-    assert spec is not None  # a dependency
-    assert spec.origin is not None
-    return Path(spec.origin).parent
+    file = Path((spec and spec.origin) or "").parent / "datasets" / "data" / "digits.csv.gz"
+    if not file.exists():
+        from sklearn.datasets import load_digits as sklearn_digits
+
+        images, labels = sklearn_digits(return_X_y=True)
+        return images, labels
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1], table[:, -1]
 
 
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fedsim.data import datasets
 from fedsim.data.datasets import Dataset, hold_out, load_digits, load_npz, shorten
 from fedsim.errors import ScenarioError
 
@@ -16,9 +17,12 @@ def write_npz(path, **changes):
     return path
 
 
-def test_digits_are_those_of_scikit_learn():
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_digits_are_those_of_scikit_learn(monkeypatch, has_moved):
     from sklearn.datasets import load_digits as reference
 
+    if has_moved:
+        monkeypatch.setattr(datasets, "find_spec", lambda name: None)
     digits = load_digits(test_fraction=0.5, seed=1)
     images, labels = reference(return_X_y=True)
     ours = np.concatenate([digits.x_train, digits.x_test])
