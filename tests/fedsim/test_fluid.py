@@ -9,32 +9,16 @@ from fedsim.network.fluid import check_rates, max_min_rates
 
 def problem(flows, capacity, unshared=None):
     """Return the arguments of `max_min_rates` for engine flows."""
-    uses = [
-        (k, link, consumption)
-        for k, flow in enumerate(flows)
-        for link, consumption in flow.uses
-        if unshared is None or not unshared[link]
-    ]
-    caps = [
-        min(
-            [flow.cap]
-            + [
-                capacity[link] / consumption
-                for link, consumption in flow.uses
-                if unshared is not None and unshared[link]
-            ]
-        )
-        for flow in flows
-    ]
-    columns = np.array(uses, dtype=float).reshape(-1, 3)
-    return (
-        np.asarray(capacity, dtype=float),
-        columns[:, 0].astype(np.int64),
-        columns[:, 1].astype(np.int64),
-        columns[:, 2],
-        np.array([flow.weight for flow in flows]),
-        np.array(caps),
-    )
+    capacity = np.asarray(capacity, dtype=float)
+    uses = np.array([use for flow in flows for use in flow.uses], dtype=float).reshape(-1, 2)
+    flow = np.repeat(np.arange(len(flows)), [len(flow.uses) for flow in flows])
+    link, consumption = uses[:, 0].astype(np.int64), uses[:, 1]
+    cap = np.array([flow.cap for flow in flows], dtype=float)
+    if unshared is not None:
+        own = unshared[link]  # a link of a flow's own is a cap of that flow
+        np.minimum.at(cap, flow[own], capacity[link[own]] / consumption[own])
+        flow, link, consumption = flow[~own], link[~own], consumption[~own]
+    return capacity, flow, link, consumption, np.array([flow.weight for flow in flows]), cap
 
 
 def drain(network, now=0.0):
