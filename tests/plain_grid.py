@@ -1,6 +1,6 @@
 """A Flower grid without a network: calls a `ClientApp` in a loop, and knows nothing of fedsim."""
 
-import copy
+import pickle
 import random
 from contextlib import contextmanager
 
@@ -42,7 +42,7 @@ class PlainGrid(Grid):
         for message in messages:
             self.count += 1
             message.metadata.__dict__["_message_id"] = str(self.count)
-            private = copy.deepcopy(message)
+            private = pickle.loads(pickle.dumps(message))
             context = self.contexts[message.metadata.dst_node_id]
             self.replies[str(self.count)] = self.app(message=private, context=context)
             ids.append(str(self.count))
