@@ -10,11 +10,12 @@ time pass; on Flower's own grids they ask again ten times a second.
 """
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -25,7 +26,6 @@ from torch import Tensor
 from strategies.common import (
     check,
     mean_metrics,
-    record_of,
     row_records,
     show_arguments,
     tensor_of,
@@ -69,8 +69,8 @@ class Update:
 
     @property
     def work(self) -> Tensors:
-        """The model after local training, integers as float64."""
-        return {key: _widened(tensor_of(array)) for key, array in self.arrays.items()}
+        """The model after local training, in the types of its base: integers as float64."""
+        return {key: tensor_of(self.arrays[key]).to(base.dtype) for key, base in self.base.items()}
 
 
 class AsyncStrategy(Strategy):
@@ -302,16 +302,29 @@ class AsyncStrategy(Strategy):
             yield self._close()
 
     def _update(self, reply: Message) -> Update | None:
-        """Return what a reply brings; None for an error and from who was not asked."""
+        """Return what a reply brings; None for an error and from who was not asked.
+
+        Raises
+        ------
+        ValueError
+            If its arrays are not those of the model, or ``num-examples`` is no number of examples.
+        """
         assert self._flights is not None
-        sent = self._flights.free(reply.metadata.src_node_id)
+        node = reply.metadata.src_node_id
+        sent = self._flights.free(node)
         if sent is None or reply.has_error():
             return None
+        arrays = _arrays_of(reply, sent.base)
         records = reply.content.values()
         metrics = next((r for r in records if isinstance(r, MetricRecord)), None)
-        examples = 1.0 if metrics is None else cast(float, metrics.get("num-examples", 1.0))
+        examples = 1.0 if metrics is None else metrics.get("num-examples", 1.0)
+        if not (isinstance(examples, int | float) and 0 <= examples < math.inf):
+            raise ValueError(
+                f"the reply of node {node} has num-examples {examples!r}; it must be a number, 0 "
+                "or more"
+            )
         return Update(
-            record_of(reply),
+            arrays,
             sent.base,
             self.version - sent.version,
             self._flights.now - sent.time,
@@ -357,7 +370,7 @@ class AsyncStrategy(Strategy):
         stacks = {}
         for key, value in self.model.items():
             dtype = self._dtypes[key]
-            whole = value if dtype == value.dtype else value.round().to(dtype)
+            whole = value if dtype.is_floating_point else value.round().to(dtype)
             stacks[key] = whole[None]
         self.arrays = row_records(stacks, [0])[0]
 
@@ -502,15 +515,27 @@ class DeadlineFedAvg(AsyncStrategy):
         return False
 
     def end_of_replies(self) -> bool:
-        """Step by the weighted mean of the round's updates."""
-        weights = [update.examples * self.weight(update.staleness) for update in self._buffer]
-        total = sum(weights)
-        if not total > 0:
+        """Step by the weighted mean of the round's updates; stay where none has any examples."""
+        if not self._buffer:
             return False
-        step = _mean(self._buffer, weights, total)
-        self.model = _stepped(self.model, step, self.server_learning_rate)
+        weights = [update.examples * self.weight(update.staleness) for update in self._buffer]
+        if total := sum(weights):
+            step = _mean(self._buffer, weights, total)
+            self.model = _stepped(self.model, step, self.server_learning_rate)
         self._buffer = []
         return True
+
+
+def _arrays_of(reply: Message, base: Tensors) -> ArrayRecord:
+    """Return the arrays of a reply; refuse them if they are not those of the model."""
+    said = f"the reply of node {reply.metadata.src_node_id}"
+    arrays = next((r for r in reply.content.values() if isinstance(r, ArrayRecord)), None)
+    if arrays is None:
+        raise ValueError(f"{said} has no ArrayRecord")
+    for key, value in base.items():
+        if key not in arrays or tuple(arrays[key].shape) != tuple(value.shape):
+            raise ValueError(f"{said} does not fit the model: {key!r} is missing or misshapen")
+    return arrays
 
 
 def _mean(updates: Sequence[Update], weights: Sequence[float], divisor: float) -> Tensors:

@@ -155,27 +155,29 @@ def mean_of(replies: Sequence[Message], weights: torch.Tensor) -> dict[str, torc
 
 
 def mean_metrics(replies: Sequence[Message]) -> MetricRecord:
-    """Return the mean of every metric of the replies, weighted by ``num-examples``.
+    """Return the mean of every metric that all replies have, weighted by ``num-examples``.
 
-    What Flower's own strategies report, in one product a metric instead of a loop.
-
-    Raises
-    ------
-    KeyError
-        If a reply lacks ``num-examples``, or a metric that the first one has.
+    What Flower's own strategies report, in one product a metric instead of a loop. Replies without
+    ``num-examples`` count as one example each; lists of different lengths are left out.
     """
+    nothing = MetricRecord()
     records = [
-        next(r for r in reply.content.values() if isinstance(r, MetricRecord)) for reply in replies
+        next((r for r in reply.content.values() if isinstance(r, MetricRecord)), nothing)
+        for reply in replies
     ]
     if len(records) == 1:
         own = {key: value for key, value in records[0].items() if key != "num-examples"}
         return fill(MetricRecord(), own)
-    weights = np.array([record["num-examples"] for record in records], np.float64)
+    weights = np.array([record.get("num-examples", 1) for record in records], np.float64)
+    if not weights.any():
+        weights[:] = 1
     means = {}
     for key in records[0]:
-        if key != "num-examples":
-            values = np.array([record[key] for record in records], np.float64)
-            means[key] = (weights @ values / weights.sum()).tolist()
+        if key == "num-examples" or any(key not in record for record in records):
+            continue
+        values = [record[key] for record in records]
+        if len({len(value) if isinstance(value, list) else -1 for value in values}) == 1:
+            means[key] = (weights @ np.array(values, np.float64) / weights.sum()).tolist()
     return fill(MetricRecord(), means)
 
 

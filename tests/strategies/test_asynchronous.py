@@ -240,6 +240,90 @@ def test_an_instruction_like_earlier_ones_is_that_made_from_scratch():
     assert mine == other
 
 
+ALL = [FedAsync, lambda: FedBuff(buffer_size=3), lambda: DeadlineFedAvg(deadline=0.05)]
+WORK = np.ones(D, np.float32)
+
+
+def app_that_replies(*records):
+    """Return an app that replies with the same records to everybody."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        return Message(RecordDict(dict(zip("abc", records, strict=False))), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("make", ALL, ids=["fedasync", "fedbuff", "deadline"])
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([MetricRecord({"num-examples": 3})], "has no ArrayRecord"),
+        ([ArrayRecord({"v": Array(WORK)})], "does not fit the model: 'w' is missing or misshapen"),
+        ([ArrayRecord({"w": Array(WORK[1:])})], "does not fit the model: 'w' is missing or"),
+        *(
+            ([ArrayRecord({"w": Array(WORK)}), MetricRecord({"num-examples": n})], said)
+            for n, said in [
+                (-5, "num-examples -5; it must be a number, 0 or more"),
+                (float("nan"), "num-examples nan; it must"),
+                ([3, 4], r"num-examples \[3, 4\]; it must"),
+            ]
+        ),
+    ],
+)
+def test_replies_that_are_no_update_are_refused(make, records, said, monkeypatch):
+    monkeypatch.setattr("strategies.inflight.time.sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match=rf"the reply of node \d+ (has )?{said}"):
+        run_plain(make(), 3, app=app_that_replies(*records))
+
+
+@pytest.mark.parametrize("make", ALL, ids=["fedasync", "fedbuff", "deadline"])
+@pytest.mark.parametrize(
+    "metrics", [{}, {"num-examples": 0}, {"num-examples": 2.5, "loss": 1.0, "by_class": [0.5, 1.0]}]
+)
+def test_metrics_may_be_few_or_many(make, metrics, monkeypatch):
+    monkeypatch.setattr("strategies.inflight.time.sleep", lambda seconds: None)
+    records = [ArrayRecord({"w": Array(WORK)})] + ([MetricRecord(metrics)] if metrics else [])
+    strategy = make()
+    result = run_plain(strategy, 4, app=app_that_replies(*records))
+    assert strategy.version == 4
+    told = result.train_metrics_clientapp[4]
+    assert {key: told[key] for key in metrics if key != "num-examples"} == {
+        key: value for key, value in metrics.items() if key != "num-examples"
+    }
+
+
+def test_a_metric_that_not_all_devices_have_is_left_out():
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        device = context.node_config["partition-id"]
+        metrics = MetricRecord({"num-examples": 1, "loss": float(device), f"of_{device}": 1.0})
+        arrays = ArrayRecord({"w": Array(WORK)})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    told = run_plain(FedBuff(buffer_size=N), 1, app=app).train_metrics_clientapp[1]
+    assert set(told) == {"loss", "mean_staleness", "updates_dropped"}
+    assert told["loss"] == (N - 1) / 2
+
+
+@pytest.mark.parametrize("make", ALL, ids=["fedasync", "fedbuff", "deadline"])
+@pytest.mark.parametrize("sent", [np.float64, np.float16])
+def test_a_model_keeps_its_type_whatever_type_devices_reply_in(make, sent):
+    strategy = make()
+    strategy.begin(ArrayRecord({"w": Array(np.zeros(D, np.float32))}))
+    base = dict(strategy.model)
+    for _ in range(3):
+        strategy.absorb(Update({"w": Array(np.full(D, 0.25, sent))}, base, 0))
+    strategy.end_of_replies()
+    strategy._publish()
+    found = strategy.arrays["w"].numpy()
+    assert found.dtype == np.float32
+    assert 0.2 < found[0] <= 0.25
+
+
 def test_in_synchronous_rounds_of_a_wrapper_it_still_works():
     """What a wrapper with Flower's own `start` does: configure, send and receive, aggregate."""
     strategy = FedBuff(buffer_size=N)
