@@ -336,7 +336,7 @@ def import_object(text: str) -> Any:
     module_name, _, attribute = text.partition(":")
     try:
         found: Any = import_module(module_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything on import
         reason = f"{type(error).__name__}: {error}"
         raise ScenarioError(f"cannot import '{text}' ({reason})") from error
     for part in attribute.split("."):

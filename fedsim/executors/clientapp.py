@@ -140,8 +140,11 @@ def call_app(app: Callable[..., Message], message: Message, context: Context, se
     private.content = private_copy(message.content)
     try:
         with _global_generators(seed):
-            return app(message=private, context=context)
-    except Exception as error:  # whatever the user's code raises
+            reply = app(message=private, context=context)
+        if not isinstance(reply, Message):
+            raise TypeError(f"the client app returned {reply!r}, not a Message")
+        return reply
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         _log.debug("the client app raised", exc_info=True)
         return Message(Error(compat.CLIENT_APP_RAISED, repr(error)), reply_to=message)
 

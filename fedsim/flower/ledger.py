@@ -142,7 +142,8 @@ class Ledger:
                 self.recorder.step(row)
 
     def note_metrics(self, trip: Trip, metrics: dict[str, Any]) -> None:
-        """Keep the metrics of a reply that is handed over."""
+        """Keep the metrics of a reply that is handed over; lists have no place in a line."""
+        metrics = {k: value for k, value in metrics.items() if not isinstance(value, list)}
         if is_train_type(trip.kind):
             self.traffic.replied.add(trip.device)
             self.traffic.train.append((trip.device, metrics))

@@ -202,6 +202,54 @@ def restless_scenario(**keys):
     return scenario(**({"strategies": {"one": half, "two": half}, "executor": executor} | keys))
 
 
+def replies(error):
+    """Return an app whose train function does on device 1 what only some apps do."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        if context.node_config["partition-id"] == 1:
+            return error()
+        metrics = {"num-examples": 3, "train_loss": [1.0, 2.0], "by_class": [0.1, 0.2]}
+        content = RecordDict(
+            {"arrays": message.content["arrays"], "metrics": MetricRecord(metrics)}
+        )
+        return Message(content, reply_to=message)
+
+    return app
+
+
+returns_nothing = replies(lambda: None)
+exits = replies(sys.exit)
+
+
+@pytest.mark.parametrize(
+    ("app", "why"),
+    [("returns_nothing", "returned None, not a Message"), ("exits", "SystemExit")],
+)
+@pytest.mark.parametrize("kind", ["fedavg", "fedbuff"])
+def test_an_app_that_returns_nothing_or_exits_has_replied_with_an_error(app, why, kind, caplog):
+    executor = {"kind": "client_app", "app": f"{__name__}:{app}"}
+    result = fedsim.run(scenario(executor=executor, strategies={"one": kind}))
+    assert result.strategies["one"].rounds[0].extra["error_replies"] >= 1
+    assert any("device 1" in r.message and why in r.message for r in caplog.records)
+
+
+def test_metrics_that_are_lists_are_the_strategys_and_no_figures_of_a_line():
+    executor = {"kind": "client_app", "app": f"{__name__}:exits"}
+    result = fedsim.run(scenario(executor=executor, strategies={"one": "fedavg"}))
+    assert [row.train_loss for row in result.strategies["one"].rounds] == [None, None]
+    assert result.strategies["one"].rounds[1].devices_replied == 5
+
+
+def test_a_module_that_exits_when_it_is_imported_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "leaves_at_once.py").write_text("import sys\nsys.exit(5)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    executor = {"kind": "client_app", "app": "leaves_at_once:app"}
+    with pytest.raises(ScenarioError, match=r"cannot import 'leaves_at_once:app' \(SystemExit: 5"):
+        scenario(executor=executor)
+
+
 def test_an_app_that_draws_from_global_generators_is_reproducible():
     random.seed(1)
     torch.manual_seed(1)
