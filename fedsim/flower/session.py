@@ -386,7 +386,9 @@ class _Books:
         worst = scores.worst_accuracy
         models = self._scorers.models()
         own = self._scorers.figures()
-        train_loss = _mean(traffic.train, "train_loss")
+        broken = set(traffic.not_finite)  # such a model has no loss; the server's own is checked
+        whole = [(device, noted) for device, noted in traffic.train if device not in broken]
+        train_loss = _mean(whole or traffic.train, "train_loss")
         row = RoundRow(
             round=server_round,
             virtual_time=self._grid.now,

@@ -180,6 +180,16 @@ def test_a_nan_is_reported_where_a_strategy_bears_it_and_dropped_where_it_says_s
     assert all(np.isfinite(array.numpy()).all() for array in without.values())
 
 
+def test_the_loss_of_who_replied_with_nan_does_not_end_a_run_that_drops_it():
+    """The control variate of such a device is NaN, and so is all that it trains afterwards."""
+    entries = {"dropped": {"kind": "drop_non_finite", "strategy": "scaffold"}}
+    made = scenario({"kind": "nan", "devices": [6]}, strategies=entries, rounds=4)
+    result = fedsim.run(made).strategies["dropped"]
+    assert not result.summary["diverged"]
+    assert len(result.rounds) == 4
+    assert all(np.isfinite(row.train_loss) for row in result.rounds)
+
+
 def test_dropping_is_the_mean_of_the_others():
     from fedsim.flower.compat import identity
     from strategies.linear import FedAvg
