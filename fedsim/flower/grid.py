@@ -379,7 +379,8 @@ class NetworkGrid(Grid):
                 raise NetworkError(
                     f"pull_messages was called again for {len(ids)} message(s) that are lost or "
                     "were already returned: no reply can ever come. Ask "
-                    "grid.is_lost(message_id), or push something first."
+                    "grid.is_lost(message_id), push something first, or set network.loss_reply: "
+                    "error, with which each lost message has an error reply."
                 )
             self._was_hopeless = not is_open
         return self._collect(ids)
