@@ -229,6 +229,7 @@ class AsyncStrategy(Strategy):
         """Forget everything, and begin with a model."""
         self.model = {key: _widened(tensor_of(array)) for key, array in arrays.items()}
         self._dtypes = {key: tensor_of(array).dtype for key, array in arrays.items()}
+        self._shapes = {key: tuple(value.shape) for key, value in self.model.items()}
         self.version = 0
         self.round_metrics: dict[str, float] = {}
         self._asked: dict[int, tuple[int, int]] = {}  # node → last version sent, how often before
@@ -302,34 +303,47 @@ class AsyncStrategy(Strategy):
             yield self._close()
 
     def _update(self, reply: Message) -> Update | None:
-        """Return what a reply brings; None for an error and from who was not asked.
+        """Return what a reply brings; None for an error and from who was not asked."""
+        assert self._flights is not None
+        sent = self._flights.free(reply.metadata.src_node_id)
+        if sent is None or reply.has_error():
+            return None
+        arrays, examples = self._contents(reply)
+        return Update(
+            arrays,
+            sent.base,
+            self.version - sent.version,
+            self._flights.now - sent.time,
+            examples,
+        )
+
+    def _contents(self, reply: Message) -> tuple[ArrayRecord, float]:
+        """Return the arrays of a reply and its number of examples.
 
         Raises
         ------
         ValueError
             If its arrays are not those of the model, or ``num-examples`` is no number of examples.
         """
-        assert self._flights is not None
-        node = reply.metadata.src_node_id
-        sent = self._flights.free(node)
-        if sent is None or reply.has_error():
-            return None
-        arrays = _arrays_of(reply, sent.base)
         records = reply.content.values()
+        said = f"the reply of node {reply.metadata.src_node_id}"
+        arrays = next((r for r in records if isinstance(r, ArrayRecord)), None)
+        if arrays is None:
+            raise ValueError(f"{said} has no ArrayRecord")
+        shapes = {key: tuple(array.shape) for key, array in arrays.items()}
+        if not shapes.items() >= self._shapes.items():
+            wrong = next(key for key, shape in self._shapes.items() if shapes.get(key) != shape)
+            raise ValueError(
+                f"{said} does not fit the model: {wrong!r} is {shapes.get(wrong, 'missing')}, not "
+                f"{self._shapes[wrong]}"
+            )
         metrics = next((r for r in records if isinstance(r, MetricRecord)), None)
         examples = 1.0 if metrics is None else metrics.get("num-examples", 1.0)
         if not (isinstance(examples, int | float) and 0 <= examples < math.inf):
             raise ValueError(
-                f"the reply of node {node} has num-examples {examples!r}; it must be a number, 0 "
-                "or more"
+                f"{said} has num-examples {examples!r}; it must be a number, 0 or more"
             )
-        return Update(
-            arrays,
-            sent.base,
-            self.version - sent.version,
-            self._flights.now - sent.time,
-            float(examples),
-        )
+        return arrays, float(examples)
 
     def _watch(self, replies: Sequence[Message]) -> None:
         """Give up where nothing but errors and losses comes back."""
@@ -524,18 +538,6 @@ class DeadlineFedAvg(AsyncStrategy):
             self.model = _stepped(self.model, step, self.server_learning_rate)
         self._buffer = []
         return True
-
-
-def _arrays_of(reply: Message, base: Tensors) -> ArrayRecord:
-    """Return the arrays of a reply; refuse them if they are not those of the model."""
-    said = f"the reply of node {reply.metadata.src_node_id}"
-    arrays = next((r for r in reply.content.values() if isinstance(r, ArrayRecord)), None)
-    if arrays is None:
-        raise ValueError(f"{said} has no ArrayRecord")
-    for key, value in base.items():
-        if key not in arrays or tuple(arrays[key].shape) != tuple(value.shape):
-            raise ValueError(f"{said} does not fit the model: {key!r} is missing or misshapen")
-    return arrays
 
 
 def _mean(updates: Sequence[Update], weights: Sequence[float], divisor: float) -> Tensors:
