@@ -464,7 +464,7 @@ def _check_strategy(
     problems += found
     if world is not None and not found:
         problems += _too_few_devices(path, checked, given, world)
-        problems += _no_fractions(path, checked)
+        problems += _out_of_range(path, checked, world.data.devices)
     return StrategyEntry(**(checked | overrides)), problems
 
 
@@ -524,14 +524,25 @@ def _too_few_devices(
             yield from _too_few_devices((*path, key), inner, said, world)
 
 
-def _no_fractions(path: Place, checked: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield shares of the devices that are none; Flower takes any number."""
+def _out_of_range(path: Place, checked: Mapping[str, Any], devices: int) -> Iterator[Problem]:
+    """Yield arguments that Flower takes, and that no round could work with."""
     for key, value in checked.items():
         is_number = isinstance(value, int | float)
         if key in ("fraction_train", "fraction_evaluate") and is_number and not 0 <= value <= 1:
             yield Problem((*path, key), f"{shown(value)} is not between 0 and 1")
+        if key in ("proximal_mu", "num_malicious_nodes") and is_number and value < 0:
+            yield Problem((*path, key), f"{shown(value)} should be greater than or equal to 0")
         if isinstance(value, Mapping):
-            yield from _no_fractions((*path, key), value)
+            yield from _out_of_range((*path, key), value, devices)
+    bad = checked.get("num_malicious_nodes", 0)
+    if checked.get("kind") == "bulyan" and isinstance(bad, int) and 4 * bad + 3 > devices:
+        most = (devices - 3) // 4
+        remedy = f"write {most} or less" if devices >= 3 else "take more devices"
+        yield Problem(
+            (*path, "num_malicious_nodes"),
+            f"{bad} needs the replies of 4 · {bad} + 3 = {4 * bad + 3} devices, else a round "
+            f"changes nothing (data.devices is {devices}); {remedy}",
+        )
 
 
 # ── from a file to a scenario ───────────────────────────────────────────────────────────────────

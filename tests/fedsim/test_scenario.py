@@ -313,6 +313,19 @@ def test_wrong_overrides_are_named(said, override, expected):
             "topology: bcube(n=3, k=2) has 9 devices, but data.devices is 4; write data.devices: 9",
         ),
         ("topology: {kind: ring, uplink: 5 Mbit/s}", "topology.uplink: only a star has it"),
+        (
+            "  s: {kind: bulyan, num_malicious_nodes: 1}",
+            "strategies.s.num_malicious_nodes: 1 needs the replies of 4 · 1 + 3 = 7 devices, else "
+            "a round changes nothing (data.devices is 4); write 0 or less",
+        ),
+        (
+            "  s: {kind: krum, num_malicious_nodes: -1}",
+            "strategies.s.num_malicious_nodes: -1 should be greater than or equal to 0",
+        ),
+        (
+            "  s: {kind: drop_non_finite, strategy: {kind: fedprox, proximal_mu: -1}}",
+            "strategies.s.strategy.proximal_mu: -1.0 should be greater than or equal to 0",
+        ),
         ("topology: {kind: tree, fanouts: [2]}", "topology 'tree': devices = 4: (2,) holds 1 to 2"),
         ("compression: {kind: topk}", "compression.kind: unknown key"),
         ("attack: []", "attack: unknown key"),
