@@ -42,6 +42,7 @@ from fedsim.learning.models import build_model
 from fedsim.learning.threads import one_thread
 from fedsim.learning.trainer import Trainer
 from fedsim.network import Network, graph_network, star_network
+from fedsim.network.edges import edge_of
 from fedsim.network.failures import Failure
 from fedsim.recorder import (
     Recorder,
@@ -223,6 +224,7 @@ def connect(
     with _at(place, is_strategy=True), quiet_flower():
         made = registry.build("strategy", world.strategies[strategy].spec())
         check_strategy(made, world.data.devices)
+    _warn_of_waiting(made, strategy, world)
     local = None
     if world.training.keep_local is not None:
         with _at(f"{place}: training.keep_local"):
@@ -234,6 +236,8 @@ def connect(
     with _at("topology"):
         graph = make_graph(world)
         network = _build_network(env, world, graph)
+        if _needs(made, "edges") and network.server is not None:
+            edge_of(network, 0)
     with _at(f"{place}.collective"):
         _check_collective(made, graph, world.data.devices)
     with _at("training"):
@@ -281,7 +285,7 @@ def connect(
             executor = make(world, strategy)
     with _at("peers"):
         peers = make_peers(world, graph)
-        if peers is None and _needs_peers(made):
+        if peers is None and _needs(made, "peers"):
             raise ScenarioError(
                 f"peers: strategy '{strategy}' exchanges with neighbours, and the topology "
                 f"'{world.topology.kind}' links no two devices directly; set 'peers', for example "
@@ -308,13 +312,38 @@ def connect(
     )
 
 
-def _needs_peers(strategy: Any) -> bool:
-    """Return whether a strategy, or one that it wraps, must be told who neighbours are."""
+def _needs(strategy: Any, what: str) -> bool:
+    """Return whether a strategy, or one that it wraps, says that it needs peers or edges."""
     while strategy is not None:
-        if getattr(strategy, "needs_peers", False):
+        if getattr(strategy, f"needs_{what}", False):
             return True
         strategy = getattr(strategy, "strategy", None)
     return False
+
+
+def _warn_of_waiting(strategy: Any, name: str, world: Scenario) -> None:
+    """Tell of servers that are not meant to wait, where they do or are not scored."""
+    outer, inner = None, strategy
+    while getattr(inner, "strategy", None) is not None:
+        outer, inner = inner, inner.strategy
+    if not isinstance(inner, registry.import_object("strategies.asynchronous:AsyncStrategy")):
+        return
+    kind = type(inner).__name__
+    if outer is not None:
+        _log.warning(
+            "strategies.%s: %s works in rounds, and so does the %s in it: it waits for all that "
+            "it has asked",
+            name,
+            type(outer).__name__,
+            kind,
+        )
+    elif world.evaluation.on == "devices":
+        _log.warning(
+            "strategies.%s: %s asks no device to evaluate; without 'evaluation.on: global_test' "
+            "its lines have no scores, and stop.accuracy never holds",
+            name,
+            kind,
+        )
 
 
 def _check_collective(strategy: object, graph: Graph | None, devices: int) -> None:

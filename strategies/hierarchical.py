@@ -1,7 +1,7 @@
 """Hierarchical federated averaging: devices, edge servers, and a cloud over them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class HierarchicalFedAvg(FedAvg):
     .. [1] Liu, Zhang, Song, Letaief, "Client-edge-cloud hierarchical federated learning", ICC
        2020, Algorithm 1.
     """
+
+    needs_edges: ClassVar[bool] = True
 
     def __init__(self, *, cloud_period: int = 5, edges: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -188,3 +188,9 @@ def test_the_scenario_sends_one_model_a_site_where_fedavg_sends_all():
 def test_values_for_tiers_that_are_not_there_are_refused(override, message):
     with pytest.raises(ScenarioError, match=message):
         fedsim.load_scenario("scenarios/edge_cloud.yaml", [override])
+
+
+def test_a_scenario_whose_topology_is_a_star_is_refused_before_it_runs():
+    scenario = fedsim.load_scenario("scenarios/edge_cloud.yaml", ["topology={kind: star}"])
+    with pytest.raises(ScenarioError, match="topology: device 0 is linked to the server itself"):
+        build(scenario, "every-5th-round")

@@ -202,6 +202,17 @@ def restless_scenario(**keys):
     return scenario(**({"strategies": {"one": half, "two": half}, "executor": executor} | keys))
 
 
+def test_a_server_that_does_not_wait_says_where_it_does_and_where_it_has_no_scores(caplog):
+    drop = {"kind": "drop_non_finite", "strategy": {"kind": "fedbuff", "buffer_size": 2}}
+    build(scenario(strategies={"one": drop}))
+    assert "strategies.one: DropNonFinite works in rounds, and so does the FedBuff" in caplog.text
+    caplog.clear()
+    build(scenario(strategies={"one": "fedasync"}))
+    assert not caplog.text
+    build(scenario(strategies={"one": "fedasync"}, evaluation={"on": "devices"}))
+    assert "strategies.one: FedAsync asks no device to evaluate" in caplog.text
+
+
 def replies(error):
     """Return an app whose train function does on device 1 what only some apps do."""
     app = ClientApp()
