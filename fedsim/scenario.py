@@ -537,7 +537,7 @@ def _out_of_range(path: Place, checked: Mapping[str, Any], devices: int) -> Iter
     bad = checked.get("num_malicious_nodes", 0)
     if checked.get("kind") == "bulyan" and isinstance(bad, int) and 4 * bad + 3 > devices:
         most = (devices - 3) // 4
-        remedy = f"write {most} or less" if devices >= 3 else "take more devices"
+        remedy = f"write {most} at most" if devices >= 3 else "take more devices"
         yield Problem(
             (*path, "num_malicious_nodes"),
             f"{bad} needs the replies of 4 · {bad} + 3 = {4 * bad + 3} devices, else a round "

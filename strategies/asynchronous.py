@@ -56,7 +56,7 @@ class Update:
     staleness : int
         Versions that the server has made since.
     seconds : float
-        Between sending the version and having the reply.
+        Between sending the version and taking the reply; a deadline's, at the deadline.
     examples : float
         Training samples of the device.
     """

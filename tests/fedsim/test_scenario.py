@@ -316,7 +316,7 @@ def test_wrong_overrides_are_named(said, override, expected):
         (
             "  s: {kind: bulyan, num_malicious_nodes: 1}",
             "strategies.s.num_malicious_nodes: 1 needs the replies of 4 · 1 + 3 = 7 devices, else "
-            "a round changes nothing (data.devices is 4); write 0 or less",
+            "a round changes nothing (data.devices is 4); write 0 at most",
         ),
         (
             "  s: {kind: krum, num_malicious_nodes: -1}",
