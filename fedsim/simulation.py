@@ -332,7 +332,7 @@ def _warn_of_waiting(strategy: Any, name: str, world: Scenario) -> None:
     if outer is not None:
         _log.warning(
             "strategies.%s: %s works in rounds, and so does the %s in it: it waits for all that "
-            "it has asked",
+            "it has asked (by itself it drops what is not finite with 'drop_non_finite: true')",
             name,
             type(outer).__name__,
             kind,

@@ -32,6 +32,7 @@ from strategies.common import (
 )
 from strategies.compat import fill, instructions, log
 from strategies.inflight import InFlight
+from strategies.screening import is_finite
 
 __all__ = ["AsyncStrategy", "DeadlineFedAvg", "FedAsync", "FedBuff", "Staleness", "Update"]
 
@@ -91,6 +92,8 @@ class AsyncStrategy(Strategy):
         The hinge's a and b.
     max_staleness : int, optional
         Updates staler than this are dropped.
+    drop_non_finite : bool
+        Whether replies with a NaN or an infinity are dropped, as if they were errors.
     proximal_mu : float
         Devices are pulled towards the version that they were sent.
     min_available_nodes : int
@@ -126,6 +129,7 @@ class AsyncStrategy(Strategy):
         hinge_slope: float = 10.0,
         hinge_threshold: float = 4.0,
         max_staleness: int | None = None,
+        drop_non_finite: bool = False,
         proximal_mu: float = 0.0,
         min_available_nodes: int = 1,
         seed: int = 0,
@@ -147,6 +151,7 @@ class AsyncStrategy(Strategy):
         self.hinge_slope = hinge_slope
         self.hinge_threshold = hinge_threshold
         self.max_staleness = max_staleness
+        self.drop_non_finite = drop_non_finite
         self.proximal_mu = proximal_mu
         self.min_available_nodes = min_available_nodes
         self.seed = seed
@@ -235,6 +240,7 @@ class AsyncStrategy(Strategy):
         self._asked: dict[int, tuple[int, int]] = {}  # node → last version sent, how often before
         self._open: list[tuple[Update, Message]] = []  # absorbed since the last version
         self._dropped = self._failures = 0
+        self._not_finite: set[int] = set()  # nodes that were reported
         self._flights = None
         self._alike: dict[str, Any] = {}  # what instructions have in common
         self._publish()
@@ -288,10 +294,11 @@ class AsyncStrategy(Strategy):
 
     def _versions(self, replies: Sequence[Message]) -> Iterable[int]:
         """Absorb replies; yield whenever a version is complete."""
-        self._watch(replies)
-        for reply in replies:
+        faults = [self._fault(reply) for reply in replies]
+        self._watch(faults)
+        for reply, fault in zip(replies, faults, strict=True):
             update = self._update(reply)
-            if update is None:
+            if update is None or fault:
                 continue
             if self.max_staleness is not None and update.staleness > self.max_staleness:
                 self._dropped += 1
@@ -345,17 +352,30 @@ class AsyncStrategy(Strategy):
             )
         return arrays, float(examples)
 
-    def _watch(self, replies: Sequence[Message]) -> None:
-        """Give up where nothing but errors and losses comes back."""
-        errors = [reply for reply in replies if reply.has_error()]
-        for reply in errors:
-            log(WARNING, "node %d: %s", reply.metadata.src_node_id, reply.error.reason)
-        if len(errors) < len(replies):
+    def _fault(self, reply: Message) -> str:
+        """Return, and log, why a reply is of no use; nothing if it is."""
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            fault = reply.error.reason or "an error"
+            log(WARNING, "node %d: %s", node, fault)
+        elif self.drop_non_finite and not is_finite(reply):
+            fault = f"the reply of node {node} is not finite"
+            self._dropped += 1
+            if node not in self._not_finite:
+                self._not_finite.add(node)
+                log(WARNING, "%s: dropped", fault)
+        else:
+            fault = ""
+        return fault
+
+    def _watch(self, faults: Sequence[str]) -> None:
+        """Give up where nothing but faults and losses comes back."""
+        if not all(faults):
             self._failures = 0
             return
-        self._failures += max(1, len(errors))
+        self._failures += max(1, len(faults))
         if self._failures > max(_FAILURES[0], _FAILURES[1] * len(self._asked)):
-            said = errors[-1].error.reason if errors else "lost"
+            said = faults[-1] if faults else "lost"
             raise RuntimeError(
                 f"{self._failures} instructions in a row have come to nothing; the last: {said}"
             )

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-__all__ = ["DropNonFinite"]
+__all__ = ["DropNonFinite", "is_finite"]
 
 _log = logging.getLogger(__name__)
 _FLOATS = ("float16", "float32", "float64")
@@ -47,7 +47,7 @@ class DropNonFinite(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return what the strategy makes of the replies that are finite."""
         replies = list(replies)
-        kept = [reply for reply in replies if reply.has_error() or _is_finite(reply)]
+        kept = [reply for reply in replies if reply.has_error() or is_finite(reply)]
         if len(kept) == len(replies):
             return self.strategy.aggregate_train(server_round, replies)
         dropped = sorted(r.metadata.src_node_id for r in replies if not any(r is k for k in kept))
@@ -72,8 +72,9 @@ class DropNonFinite(Strategy):
         return self.strategy.aggregate_evaluate(server_round, replies)
 
 
-def _is_finite(reply: Message) -> bool:
-    records = reply.content.array_records.values()
+def is_finite(reply: Message) -> bool:
+    """Return whether all numbers in a reply's arrays are finite; it is no error reply."""
+    records = (r for r in reply.content.values() if isinstance(r, ArrayRecord))
     return all(_is_finite_array(array) for record in records for array in record.values())
 
 

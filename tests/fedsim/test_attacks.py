@@ -190,6 +190,20 @@ def test_the_loss_of_who_replied_with_nan_does_not_end_a_run_that_drops_it():
     assert all(np.isfinite(row.train_loss) for row in result.rounds)
 
 
+@pytest.mark.parametrize("kind", ["fedasync", "fedbuff", "deadline_fedavg"])
+def test_a_server_that_does_not_wait_drops_nan_by_itself(kind):
+    own = {"deadline": "2 s"} if kind == "deadline_fedavg" else {}
+    entries = {"plain": {"kind": kind} | own}
+    entries["dropping"] = {"kind": kind, "drop_non_finite": True} | own
+    made = scenario({"kind": "nan", "devices": [6]}, strategies=entries, rounds=12)
+    result = fedsim.run(made).strategies
+    assert result["plain"].summary["diverged"]
+    assert not result["dropping"].summary["diverged"]
+    rows = result["dropping"].rounds
+    assert len(rows) == 12
+    assert sum(row.extra["updates_dropped"] for row in rows) >= 1
+
+
 def test_dropping_is_the_mean_of_the_others():
     from fedsim.flower.compat import identity
     from strategies.linear import FedAvg

@@ -294,6 +294,43 @@ def test_metrics_may_be_few_or_many(make, metrics, monkeypatch):
     }
 
 
+DROPPING = [
+    lambda: FedAsync(drop_non_finite=True),
+    lambda: FedBuff(buffer_size=3, drop_non_finite=True),
+    lambda: DeadlineFedAvg(deadline=0.05, drop_non_finite=True),
+]
+
+
+@pytest.mark.parametrize("make", DROPPING, ids=["fedasync", "fedbuff", "deadline"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_replies_that_are_not_finite_are_dropped_where_asked(make, bad, monkeypatch):
+    monkeypatch.setattr("strategies.inflight.time.sleep", lambda seconds: None)
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        work = WORK * (bad if context.node_config["partition-id"] == 1 else 1)
+        metrics = MetricRecord({"num-examples": 1})
+        content = RecordDict({"a": ArrayRecord({"w": Array(work)}), "m": metrics})
+        return Message(content, reply_to=message)
+
+    strategy = make()
+    result = run_plain(strategy, 2 * N, app=app)
+    assert np.isfinite(strategy.arrays["w"].numpy()).all()
+    metrics = result.train_metrics_clientapp.values()
+    assert sum(each["updates_dropped"] for each in metrics) >= 1
+
+
+@pytest.mark.parametrize("make", DROPPING, ids=["fedasync", "fedbuff", "deadline"])
+def test_where_nothing_is_finite_the_server_gives_up(make, monkeypatch):
+    monkeypatch.setattr("strategies.inflight.time.sleep", lambda seconds: None)
+    app = app_that_replies(ArrayRecord({"w": Array(WORK * np.float32(np.nan))}))
+    with pytest.raises(
+        RuntimeError, match=r"20\d .* the last: the reply of node \d+ is not finite"
+    ):
+        run_plain(make(), 2, app=app)
+
+
 def test_a_metric_that_not_all_devices_have_is_left_out():
     app = ClientApp()
 
