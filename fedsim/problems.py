@@ -96,13 +96,22 @@ def _either(sentences: Sequence[str]) -> str:
     return " or ".join([first, *(other.partition(" should be ")[2] or other for other in others)])
 
 
+def _homes(key: str, keys_at: Callable[[tuple[str | int, ...]], Iterable[str]]) -> str:
+    """Return where in the sections of a file a key belongs; nothing if it belongs nowhere."""
+    sections = list(keys_at(()))
+    below = {name: list(keys_at((name,))) for name in sections}
+    return "' or '".join(
+        f"{name}.{key}" for name, keys in below.items() if key in keys and keys != sections
+    )
+
+
 def _say(details: ErrorDetails, keys_at: Callable[[tuple[str | int, ...]], Iterable[str]]) -> str:
     """Return one finding of pydantic as a sentence that names the value and what is valid."""
     value, context, location = details["input"], details.get("ctx", {}), details["loc"]
     match details["type"]:
         case "extra_forbidden":
             valid = list(keys_at(location[:-1]))
-            near = nearest(str(location[-1]), valid)
+            near = _homes(str(location[-1]), keys_at) or nearest(str(location[-1]), valid)
             meant = f"; did you mean '{near}'?" if near else "."
             return f"unknown key{meant} Valid: {', '.join(valid) or 'no keys'}"
         case "unexpected_keyword_argument":

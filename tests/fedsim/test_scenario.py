@@ -269,6 +269,9 @@ def test_wrong_overrides_are_named(said, override, expected):
     [
         ("trainnig: {}", "line 6: trainnig: unknown key; did you mean 'training'? Valid: name,"),
         ("training: {learning_rte: 1}", "training.learning_rte: unknown key; did you mean 'learn"),
+        ("learning_rate: 1", "learning_rate: unknown key; did you mean 'training.learning_rate'?"),
+        ("network: {uplink: 5 Mbit/s}", "network.uplink: unknown key; did you mean 'topology.upl"),
+        ("training: {partition: iid}", "training.partition: unknown key; did you mean 'data.part"),
         ("topology: {kind: star, bandwidth: 20}", "20 has no unit; write for example '20 Mbit/s'"),
         (
             "topology: {kind: star, bandwidth: 20 Mb/s}",
