@@ -237,7 +237,7 @@ def connect(
         graph = make_graph(world)
         network = _build_network(env, world, graph)
         if _needs(made, "edges") and network.server is not None:
-            edge_of(network, 0)
+            edge_of(network, 0)  # refuses a device without one
     with _at(f"{place}.collective"):
         _check_collective(made, graph, world.data.devices)
     with _at("training"):

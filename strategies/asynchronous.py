@@ -31,7 +31,7 @@ from strategies.common import (
     tensor_of,
 )
 from strategies.compat import fill, instructions, log
-from strategies.inflight import InFlight
+from strategies.inflight import InFlight, Sent
 from strategies.screening import is_finite
 
 __all__ = ["AsyncStrategy", "DeadlineFedAvg", "FedAsync", "FedBuff", "Staleness", "Update"]
@@ -294,12 +294,14 @@ class AsyncStrategy(Strategy):
 
     def _versions(self, replies: Sequence[Message]) -> Iterable[int]:
         """Absorb replies; yield whenever a version is complete."""
+        assert self._flights is not None
         faults = [self._fault(reply) for reply in replies]
         self._watch(faults)
         for reply, fault in zip(replies, faults, strict=True):
-            update = self._update(reply)
-            if update is None or fault:
+            sent = self._flights.free(reply.metadata.src_node_id)
+            if sent is None or fault:  # nobody has asked it, or it is of no use
                 continue
+            update = self._update(reply, sent)
             if self.max_staleness is not None and update.staleness > self.max_staleness:
                 self._dropped += 1
                 continue
@@ -309,12 +311,9 @@ class AsyncStrategy(Strategy):
         if self.end_of_replies():
             yield self._close()
 
-    def _update(self, reply: Message) -> Update | None:
-        """Return what a reply brings; None for an error and from who was not asked."""
+    def _update(self, reply: Message, sent: Sent) -> Update:
+        """Return what a reply brings to whom a version was sent."""
         assert self._flights is not None
-        sent = self._flights.free(reply.metadata.src_node_id)
-        if sent is None or reply.has_error():
-            return None
         arrays, examples = self._contents(reply)
         return Update(
             arrays,

@@ -227,7 +227,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _stirred(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix 64-bit words in place (SplitMix64's finaliser); return them."""
+    """Mix 64-bit words in place (SplitMix64's finaliser, as `fedsim.streams`); return them."""
     z ^= z >> _30
     z *= _FIRST
     z ^= z >> _27

@@ -42,6 +42,7 @@ __all__ = [
     "stacked_record",
     "stacked_records",
     "template_of",
+    "tensor_of",
 ]
 
 _log = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def stack_records(records: Sequence[ArrayRecord]) -> dict[str, torch.Tensor]:
             rows = [a.row for a in arrays]  # type: ignore[attr-defined]
             stacks[key] = common.index_select(0, torch.tensor(rows, device=common.device))
         else:
-            rows_of_all = [_tensor(array) for array in arrays]
+            rows_of_all = [tensor_of(array) for array in arrays]
             place = next((t.device for t in rows_of_all if t.device.type != "cpu"), None)
             stacks[key] = torch.stack([t.to(place) if place else t for t in rows_of_all])
     return stacks
@@ -256,7 +257,7 @@ def release_rows(records: Iterable[ArrayRecord]) -> None:
                 array.__dict__.update(stack=rows, row=row)
 
 
-def _tensor(array: Array) -> torch.Tensor:
+def tensor_of(array: Array) -> torch.Tensor:
     """Return an array's values, of a row of a stack (a strategy's, too) a view."""
     if isinstance(array, LazyArray):
         return array.tensor()
@@ -280,7 +281,7 @@ class FiniteCheck:
             stack: torch.Tensor | None = getattr(array, "stack", None)
             if stack is None:
                 is_float = array.dtype in ("float16", "bfloat16", "float32", "float64")
-                if is_float and not bool(torch.isfinite(_tensor(array)).all()):
+                if is_float and not bool(torch.isfinite(tensor_of(array)).all()):
                     return False
                 continue
             known = self._bad.get(id(stack))

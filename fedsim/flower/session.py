@@ -32,6 +32,7 @@ from fedsim.flower import compat
 from fedsim.flower.collectives import times_of
 from fedsim.flower.grid import NetworkGrid
 from fedsim.flower.ledger import Traffic
+from fedsim.flower.records import tensor_of
 from fedsim.learning.evaluation import spread
 from fedsim.recorder import RoundRow
 from fedsim.streams import digest
@@ -510,11 +511,7 @@ def _mean(noted: list[tuple[int, dict[str, float]]], key: str) -> float | None:
 
 def _is_finite(arrays: ArrayRecord) -> bool:
     for array in arrays.values():
-        stack: torch.Tensor | None = getattr(array, "stack", None)
-        if stack is None:
-            whole = torch.from_numpy(array.numpy())
-        else:
-            whole = stack if stack.shape[0] == 1 else stack[array.row]  # type: ignore[attr-defined]
+        whole = tensor_of(array)
         if not whole.is_floating_point() or math.isfinite(float(whole.sum())):
             continue  # a sum can overflow, but never hides what is not finite
         if not bool(whole.isfinite().all()):

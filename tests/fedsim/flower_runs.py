@@ -56,7 +56,10 @@ def stop(home):
 
 
 def remaining(home, seconds=90):
-    """Return the processes that are still there after a while: Ray's end by themselves."""
+    """Return the processes that are still there after a while: Ray's end by themselves.
+
+    Beside two other workers on two cores one took more than 20 s; nothing waits once all are gone.
+    """
     end = time.monotonic() + seconds
     while running(home) and time.monotonic() < end:
         time.sleep(0.2)
